@@ -1,0 +1,68 @@
+"""The walls of the house: who may import whom, and what the repository must not contain."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def _tracked() -> list[Path]:
+    try:
+        listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout, so what belongs to the project is not known")
+    return [ROOT / os.fsdecode(name) for name in listing.split(b"\0") if name]
+
+
+@pytest.mark.filterwarnings("default")  # grimp and its parsers are not ours to keep free of warnings
+def test_every_import_follows_an_arrow_of_the_design(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/architecture.md is true because this runs."""
+    from importlinter.cli import lint_imports
+
+    monkeypatch.chdir(ROOT)
+    report = io.StringIO()
+
+    with contextlib.redirect_stdout(report):
+        code = lint_imports(no_cache=True)
+
+    assert code == 0, report.getvalue()
+
+
+def test_no_compiled_module_shadows_its_source() -> None:
+    """A forgotten build in the tree would be imported instead of the file that is being read and edited."""
+    assert [path for package in ("tun", "ngrokd") for path in (ROOT / package).rglob("*.so")] == []
+
+
+def test_lock_files_name_no_host_and_pin_by_hash() -> None:
+    """Whoever installs decides where packages come from; what they contain is decided here."""
+    for lock in (ROOT / "requirements").glob("*.lock"):
+        text = lock.read_text()
+
+        assert "://" not in text, lock.name
+        pins = re.findall(r"^[a-z][^\n=]*==[^\n]*\\$", text, re.M)
+        assert pins, lock.name
+        assert all(
+            "--hash=sha256:" in block for block in re.split(r"\n(?=[a-z])", text.strip())
+        ), f"{lock.name} has a requirement without a hash"
+
+
+def test_modules_open_with_a_docstring() -> None:
+    """A reader who opens a file learns first what it is for."""
+    silent = [
+        path.relative_to(ROOT)
+        for path in _tracked()
+        if path.suffix == ".py"
+        and path.parts[len(ROOT.parts)] in ("tun", "ngrokd")
+        and path.stat().st_size > 0
+        and not path.read_text().lstrip().startswith(('"""', 'r"""'))
+    ]
+
+    assert silent == []
