@@ -1,0 +1,66 @@
+"""The configuration: what may be written, how it is read, and what is said when it is wrong.
+
+`schema` is the list of sections and keys, `readers` turn one value into its type, `lines` knows where each key is
+written, `loading` puts them together, `apikey` finds the API key, `showing` shows and compares.
+"""
+
+from __future__ import annotations
+
+from ngrokd.config.apikey import ApiKey, read_key_file, resolve_api_key, stored_key_path
+from ngrokd.config.loading import DEFAULT_PATH, load, parse
+from ngrokd.config.readers import (
+    format_duration,
+    format_size,
+    join_address,
+    key_problem,
+    parse_duration,
+    split_address,
+)
+from ngrokd.config.schema import (
+    INGRESS_PORT,
+    NGROK_CA_FINGERPRINT,
+    ApiSettings,
+    ControlSettings,
+    HostsSettings,
+    HttpSettings,
+    IngressSettings,
+    LimitSettings,
+    LogSettings,
+    NetSettings,
+    Settings,
+    StateSettings,
+    all_keys,
+)
+from ngrokd.config.showing import merge_live, reloadable, show
+
+__all__ = [
+    "load",
+    "parse",
+    "DEFAULT_PATH",
+    "Settings",
+    "ApiSettings",
+    "IngressSettings",
+    "StateSettings",
+    "NetSettings",
+    "LimitSettings",
+    "HostsSettings",
+    "ControlSettings",
+    "HttpSettings",
+    "LogSettings",
+    "all_keys",
+    "show",
+    "reloadable",
+    "merge_live",
+    "ApiKey",
+    "resolve_api_key",
+    "read_key_file",
+    "stored_key_path",
+    "key_problem",
+    "split_address",
+    "join_address",
+    "parse_duration",
+    "format_duration",
+    "format_size",
+    "INGRESS_PORT",
+    "NGROK_CA_FINGERPRINT",
+]
