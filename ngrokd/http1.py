@@ -410,6 +410,8 @@ class _ServerConnection:
                 self._limits.header_bytes
             ):
                 raise _Refused(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+            if event.http_version not in (b"1.0", b"1.1"):
+                raise _Refused(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED)
             if event.method == b"CONNECT":
                 raise _Refused(HTTPStatus.METHOD_NOT_ALLOWED)  # and a 2xx would turn the connection into a tunnel
             return event
