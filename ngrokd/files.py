@@ -195,7 +195,7 @@ def atomic_write(path: StrPath, data: bytes, mode: int = 0o600, *, ops: Ops = SY
                     raise
             finally:
                 close_quietly(fd, ops=ops)
-            ops.fsync(dir_fd)
+            sync_directory(dir_fd, ops=ops)
         finally:
             close_quietly(dir_fd, ops=ops)
     except OSError as error:
@@ -219,7 +219,7 @@ def remove(path: StrPath, *, ops: Ops = SYSTEM) -> bool:
         raise _state_error("delete", path, error) from error
     try:
         ops.unlink(name, dir_fd=dir_fd)
-        ops.fsync(dir_fd)
+        sync_directory(dir_fd, ops=ops)
     except FileNotFoundError:
         return False
     except OSError as error:
@@ -287,6 +287,15 @@ def write_all(fd: int, data: bytes | memoryview, *, ops: Ops = SYSTEM) -> None:
         if written <= 0:
             raise OSError(errno.EIO, "nothing was written")
         view = view[written:]
+
+
+def sync_directory(dir_fd: int, *, ops: Ops = SYSTEM) -> None:
+    """Put a directory's entries on the disk, where its file system knows how (some FUSE and CIFS mounts do not)."""
+    try:
+        ops.fsync(dir_fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP):
+            raise
 
 
 def close_quietly(fd: int, *, ops: Ops = SYSTEM) -> None:

@@ -1,0 +1,1 @@
+"""What we change on this machine, as plans, and the only code that needs its rights."""
