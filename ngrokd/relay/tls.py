@@ -1,0 +1,707 @@
+"""TLS over a transport, made for a packet path: half-close both ways, no task of its own, no copy that can be avoided.
+
+Trio's SSLStream cannot end one direction and keep reading, and each of its calls waits. Here `TlsSession` is OpenSSL
+between two memory buffers, and `TlsStream` ties it to a transport:
+
+Sending is synchronous. `send_nowait` encrypts what it is given (records of 16 KiB; small views are joined first) and
+moves the ciphertext to the transport at once. What the transport did not take is the backlog. Above BACKLOG_LIMIT
+bytes of it nothing more is taken, which is the back-pressure: the flow keeps its bytes, its TCP window closes. Somebody
+must move the backlog on, with `drain` or `wait_sendable`; `on_backlog` is called when there begins to be one.
+
+Receiving takes what the transport has, once, and decrypts all complete records in it into memory that is allocated for
+them and never touched again: TCP holds views of it until the app has acknowledged them. Nothing is kept between calls
+but the beginning of an incomplete record (inside OpenSSL), so an idle stream is small, and so close_notify can be sent
+at any moment: OpenSSL, asked to shut down while application data waits in its buffer, would throw that data away.
+
+The end of a stream is close_notify and nothing else. A connection that ends or breaks without it is StreamTruncated,
+because bytes may be missing. Bytes that arrived before the break are delivered first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import ssl
+from typing import TYPE_CHECKING, Final, cast
+
+import trio
+
+from ngrokd.errors import StreamTruncated
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from ngrokd.relay.transport import Transport
+
+BACKLOG_LIMIT: Final = 256 * 1024  # bytes of ciphertext; one more write of CHUNK may end above it
+CHUNK: Final = (
+    64 * 1024
+)  # plaintext per SSL_write and ciphertext per receive: four records, one TCP segment with offload
+RECORD: Final = 16 * 1024  # most plaintext in a record (RFC 8446 5.1)
+# Most ciphertext of an unfinished record that OpenSSL may hold from earlier calls: header, record, TLS 1.2's expansion.
+HELD: Final = 5 + RECORD + 2048
+# Below this much ciphertext one read of exact size is cheaper than a buffer with room for everything.
+SMALL: Final = RECORD // 2
+DISCARD_AT_CLOSE: Final = 256 * 1024  # bytes; a peer that has more to say to nobody may well see a reset
+
+_EMPTY: Final = memoryview(b"")
+
+
+class TlsAlert(StreamTruncated):
+    """The other side ended the TLS connection with an alert; `alert` is OpenSSL's word for it, in lower case.
+
+    A client certificate that a TLS 1.3 server rejects shows up like this, at the first read after the handshake.
+    """
+
+    def __init__(self, message: str, *, alert: str) -> None:
+        super().__init__(message)
+        self.alert = alert
+
+
+class TlsSession:
+    """OpenSSL between two memory buffers: bytes in, bytes out, no I/O. Raises ssl.SSLError as OpenSSL does.
+
+    Attributes:
+        object: the SSLObject, for certificates, version and session.
+        received_eof: close_notify has arrived; nothing more can be decrypted.
+        sent_eof: close_notify has been made; nothing more can be encrypted.
+    """
+
+    __slots__ = ("_failure", "_incoming", "_outgoing", "object", "received_eof", "sent_eof")
+
+    def __init__(
+        self,
+        context: ssl.SSLContext,
+        *,
+        server_side: bool = False,
+        server_hostname: str | None = None,
+        session: ssl.SSLSession | None = None,
+    ) -> None:
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+        self.object = context.wrap_bio(self._incoming, self._outgoing, server_side, server_hostname, session)
+        self.received_eof = False
+        self.sent_eof = False
+        self._failure: ssl.SSLError | None = None
+
+    @property
+    def failed(self) -> bool:
+        """The next `decrypt` raises what the last one met behind its bytes."""
+        return self._failure is not None
+
+    @property
+    def pending_in(self) -> int:
+        """Bytes of ciphertext that wait to be decrypted."""
+        return self._incoming.pending
+
+    @property
+    def pending_out(self) -> int:
+        """Bytes of ciphertext that wait to be sent."""
+        return self._outgoing.pending
+
+    def handshake_step(self) -> bool:
+        """Go on with the handshake as far as the received bytes reach; True when it is complete on our side."""
+        try:
+            self.object.do_handshake()
+        except ssl.SSLWantReadError:
+            return False
+        return True
+
+    def feed(self, ciphertext: bytes | memoryview) -> None:
+        """Add received bytes."""
+        self._incoming.write(ciphertext)
+
+    def take(self) -> bytes:
+        """Take the bytes to send."""
+        return self._outgoing.read()
+
+    def encrypt(self, plaintext: bytes | memoryview) -> None:
+        """Turn all of `plaintext` (not empty) into records to send."""
+        written = self.object.write(plaintext)
+        while written < len(plaintext):
+            written += self.object.write(memoryview(plaintext)[written:])
+
+    def decrypt(self) -> memoryview:
+        """Decrypt all complete records, into memory that nobody writes to again; empty when there is none.
+
+        Bytes before an end or an error are returned first: an error is raised by the next call.
+        """
+        if self._failure is not None:
+            raise self._failure
+        waiting = self._incoming.pending
+        if waiting <= SMALL:
+            data = self._read_record()
+            if not self._incoming.pending or not data:
+                return memoryview(data)
+            # Several small records, or a held one completed by this: gather the rest behind the first.
+            waiting = self._incoming.pending
+            buffer = bytearray(len(data) + waiting + HELD)
+            buffer[: len(data)] = data
+            filled = len(data)
+        else:
+            buffer = bytearray(waiting + HELD)
+            filled = 0
+        return self._read_records(memoryview(buffer), filled)
+
+    def _read_record(self) -> bytes:
+        while True:
+            try:
+                data = self.object.read(RECORD)
+            except ssl.SSLWantReadError:
+                return b""
+            except ssl.SSLZeroReturnError:  # both directions have ended
+                data = b""
+            if not data:
+                self.received_eof = True
+            return data
+
+    def _read_records(self, view: memoryview, filled: int) -> memoryview:
+        read = cast("Callable[[int, memoryview], int]", self.object.read)  # the stubs know the other form only
+        room = len(view)
+        try:
+            while True:
+                count = read(room - filled, view[filled:])
+                if not count:
+                    self.received_eof = True
+                    break
+                filled += count
+                if not self._incoming.pending:
+                    break
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLZeroReturnError:
+            self.received_eof = True
+        except ssl.SSLError as error:
+            if not filled:
+                raise
+            self._failure = error  # asked again, OpenSSL would take a fatal alert for an end
+        return view[:filled]
+
+    def close_notify(self) -> None:
+        """Make close_notify, once. Everything received must have been decrypted before, or it is lost."""
+        if self.sent_eof:
+            return
+        self.sent_eof = True
+        with contextlib.suppress(ssl.SSLWantReadError):  # it is made; the answer comes when the other side is done too
+            self.object.unwrap()
+
+
+class TlsStream:
+    """A TLS stream over a transport that it owns.
+
+    `send_nowait` and `receive_nowait` never wait and need no task. One task at a time may receive; any number may wait
+    for the backlog. The bytes a receiver gets are never modified afterwards.
+
+    Attributes:
+        on_backlog: called, synchronously, when a backlog begins; whoever sets it sees to it that `drain` runs.
+        bytes_sent, bytes_received: plaintext.
+    """
+
+    __slots__ = (
+        "_backlog",
+        "_broken",
+        "_closed",
+        "_drained",
+        "_draining",
+        "_progress",
+        "_ready",
+        "_receive_error",
+        "_scratch",
+        "_session",
+        "_transport",
+        "backlog",
+        "bytes_received",
+        "bytes_sent",
+        "on_backlog",
+    )
+
+    def __init__(self, transport: Transport, session: TlsSession, *, scratch: memoryview | None = None) -> None:
+        """Take over `transport`.
+
+        Args:
+            transport: the connection.
+            session: a new session, before its handshake.
+            scratch: memory to receive ciphertext into, used within a call only, so that many streams of one thread
+                can share it; without it each call that receives something allocates its own.
+        """
+        self._transport = transport
+        self._session = session
+        self._scratch = scratch
+        self._ready: list[memoryview] = []  # decrypted or given back, not yet delivered
+        self._drained = True  # the last receive got less than it could have
+        self._receive_error: StreamTruncated | None = None
+        self._broken: OSError | StreamTruncated | None = None  # why nothing can be sent any more
+        self._closed = False
+        self._backlog: list[memoryview] = []
+        self.backlog = 0  # bytes of ciphertext that the transport has not taken
+        self._draining = False
+        self._progress: trio.Event | None = None
+        self.on_backlog: Callable[[], None] | None = None
+        self.bytes_sent = 0
+        self.bytes_received = 0
+
+    def __repr__(self) -> str:
+        return f"<TlsStream over {self._transport!r} backlog={self.backlog} eof={self.received_eof}/{self.sent_eof}>"
+
+    @property
+    def transport(self) -> Transport:
+        """What it runs over, to be waited for by somebody else; only the stream reads, writes and closes it."""
+        return self._transport
+
+    @property
+    def ssl_object(self) -> ssl.SSLObject:
+        """For certificates, version, cipher and session."""
+        return self._session.object
+
+    @property
+    def received_eof(self) -> bool:
+        """The other side's close_notify has arrived (bytes before it may still wait here)."""
+        return self._session.received_eof
+
+    @property
+    def sent_eof(self) -> bool:
+        """Our close_notify is made."""
+        return self._session.sent_eof
+
+    # -- opening
+
+    async def handshake(self) -> None:
+        """Do the TLS handshake. Cancelled or failed, the stream can only be aborted.
+
+        Raises:
+            ssl.SSLError: the handshake failed, SSLCertVerificationError where we did not trust the other side.
+            StreamTruncated: the connection ended or broke.
+        """
+        session = self._session
+        while True:
+            try:
+                complete = session.handshake_step()
+            except ssl.SSLError:
+                self._send_ciphertext()  # the alert, if it can go now: it tells the other side why
+                raise
+            self._send_ciphertext()
+            await self.drain()
+            if complete:
+                self._drained = not session.pending_in  # the first application data may have come along
+                return
+            while not self._receive_ciphertext("during the TLS handshake"):
+                await self._transport.wait_readable()
+
+    # -- sending
+
+    def send_nowait(self, views: Iterable[memoryview | bytes]) -> int:
+        """Encrypt and send a prefix of `views`; fits as the sink of a flow. Never raises, never waits.
+
+        Returns: the bytes taken: fewer than given, 0 included, when the backlog is full, and after close_notify or a
+            failure, which `wait_sendable` then raises.
+        """
+        if self._broken is not None or self._closed or self._session.sent_eof or self.backlog >= BACKLOG_LIMIT:
+            return 0
+        taken = 0
+        encrypt = self._session.encrypt
+        try:
+            for piece in _pieces(views):
+                encrypt(piece)
+                taken += len(piece)
+                self._send_ciphertext()
+                if self.backlog >= BACKLOG_LIMIT or self._broken is not None:
+                    break
+        except ssl.SSLError as error:
+            self._break(StreamTruncated(f"TLS failed while sending: {_reason(error)}"))
+        self.bytes_sent += taken
+        return taken
+
+    async def wait_sendable(self) -> None:
+        """Wait until `send_nowait` takes bytes again: until the backlog is below half its limit.
+
+        Raises:
+            StreamTruncated: the connection is broken.
+            trio.ClosedResourceError: it was closed here, or close_notify was sent.
+        """
+        if self._session.sent_eof:
+            raise trio.ClosedResourceError("this direction of the TLS stream has ended")
+        await self.drain(BACKLOG_LIMIT // 2 - 1)
+
+    async def drain(self, limit: int = 0) -> None:
+        """Send the backlog until at most `limit` bytes of it are left. Several tasks may wait; one of them sends.
+
+        Raises:
+            StreamTruncated: the connection is broken.
+            trio.ClosedResourceError: it was closed here.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while True:
+            if self._closed:
+                raise trio.ClosedResourceError("this TLS stream was closed")
+            if self._broken is not None:
+                raise self._broken
+            if self.backlog <= limit:
+                return
+            if self._draining:  # by another task; look again when it got somewhere
+                if self._progress is None:
+                    self._progress = trio.Event()
+                await self._progress.wait()
+                continue
+            self._draining = True
+            try:
+                await self._transport.wait_writable()
+                self._flush()
+            finally:
+                self._draining = False
+                self._wake()
+
+    def send_eof_nowait(self) -> None:
+        """Queue close_notify: our direction ends, the other goes on. Once; `drain` sees it leave."""
+        session = self._session
+        if session.sent_eof or self._closed or self._broken is not None:
+            return
+        if session.pending_in:
+            self._decrypt()  # what has come with the handshake would be lost in it
+        try:
+            session.close_notify()
+        except ssl.SSLError as error:
+            self._break(StreamTruncated(f"TLS failed while ending the stream: {_reason(error)}"))
+        else:
+            self._send_ciphertext()
+
+    async def send_eof(self) -> None:
+        """Send close_notify and wait until it has left. Raises as `drain` does."""
+        self.send_eof_nowait()
+        await self.drain()
+
+    # -- receiving
+
+    def receive_nowait(self) -> memoryview | None:
+        """Receive what is there: all complete records that the transport gives at one go.
+
+        Returns: plaintext that is never modified again; empty when the other side has ended the stream with
+            close_notify; None when there is nothing now. `drained` tells whether asking again may give more.
+        Raises:
+            StreamTruncated: the connection ended or broke without close_notify (TlsAlert: with an alert).
+            trio.ClosedResourceError: it was closed here.
+        """
+        if self._ready:
+            view = self._ready.pop(0)
+            self.bytes_received += len(view)
+            return view
+        if self._closed:
+            raise trio.ClosedResourceError("this TLS stream was closed")
+        if not self._at_end():
+            if self._session.pending_in:
+                self._drained = False
+            elif not self._receive_ciphertext("without the end of the TLS stream"):
+                return None
+            if self._decrypt():
+                view = self._ready.pop(0)
+                self.bytes_received += len(view)
+                return view
+            if not self._at_end():
+                return None
+        return _EMPTY
+
+    def _at_end(self) -> bool:
+        """Whether the stream has ended; raises when it was cut."""
+        if self._receive_error is not None:
+            raise self._receive_error
+        return self._session.received_eof
+
+    @property
+    def drained(self) -> bool:
+        """The last receive emptied the transport: wait for it before asking again."""
+        return self._drained and not self._ready
+
+    async def receive_view(self) -> memoryview:
+        """Wait for plaintext; empty at close_notify. See `receive_nowait`. Cancelled, nothing is lost."""
+        while True:
+            if self._ready or not self._drained or self._session.received_eof:
+                await trio.lowlevel.checkpoint()
+            else:
+                await self._transport.wait_readable()
+            view = self.receive_nowait()
+            if view is not None:
+                return view
+
+    def unread(self, view: memoryview) -> None:
+        """Give back bytes; they are received again before all others."""
+        if view:
+            self._ready.insert(0, view)
+            self.bytes_received -= len(view)
+
+    # -- ending
+
+    async def aclose(self) -> None:
+        """End gracefully: the backlog and close_notify are sent, then the connection is closed.
+
+        A broken connection is just closed. Cancelled, it is aborted.
+        """
+        if self._closed:
+            await trio.lowlevel.checkpoint()
+            return
+        try:
+            await self.send_eof()
+        except StreamTruncated:
+            pass
+        except BaseException:
+            self.abort()
+            raise
+        self._closed = True
+        self._wake()
+        self._discard_received()
+        self._transport.close()
+
+    def _discard_received(self) -> None:
+        """Read what has come and nobody asked for (TLS 1.3 tickets).
+
+        Closed with unread bytes, a socket answers with a reset, which destroys what we sent and the other side has
+        not read yet.
+        """
+        scratch = self._scratch or memoryview(bytearray(CHUNK))
+        with contextlib.suppress(OSError):
+            for _ in range(DISCARD_AT_CLOSE // len(scratch) + 1):
+                if not self._transport.receive_into_nowait(scratch):
+                    break
+
+    def abort(self) -> None:
+        """Cut the connection: the other side sees a reset and no close_notify."""
+        if not self._closed:
+            self._closed = True
+            self._wake()
+            self._transport.abort()
+            self._backlog.clear()
+            self.backlog = 0
+            self._ready.clear()
+
+    # -- between the session and the transport
+
+    def _send_ciphertext(self) -> None:
+        """Move what the session made to the transport, behind the backlog."""
+        if not self._session.pending_out:
+            return
+        data = self._session.take()
+        if self._broken is not None:
+            return
+        sent = 0
+        if not self.backlog:
+            try:
+                sent = self._transport.send_nowait(data)
+            except OSError as error:
+                self._break(_truncated_by(error, "while sending"))
+                return
+            if sent == len(data):
+                return
+        self._backlog.append(memoryview(data)[sent:])
+        begins = not self.backlog
+        self.backlog += len(data) - sent
+        if begins and self.on_backlog is not None:
+            self.on_backlog()
+
+    def _flush(self) -> None:
+        """Move as much of the backlog as the transport takes now."""
+        backlog = self._backlog
+        if self._closed:
+            return
+        index = 0
+        try:
+            while index < len(backlog):
+                view = backlog[index]
+                sent = self._transport.send_nowait(view)
+                self.backlog -= sent
+                if sent < len(view):
+                    backlog[index] = view[sent:]
+                    break
+                index += 1
+        except OSError as error:
+            self._break(_truncated_by(error, "while sending"))
+        del backlog[:index]
+
+    def _receive_ciphertext(self, when: str) -> bool:
+        """Take what the transport has, once. False when it has nothing now."""
+        scratch = self._scratch
+        if scratch is None:
+            scratch = memoryview(bytearray(CHUNK))
+        try:
+            count = self._transport.receive_into_nowait(scratch)
+        except OSError as error:
+            self._receive_error = _truncated_by(error, when)
+            self._break(self._receive_error)
+            raise self._receive_error from error
+        if count is None:
+            self._drained = True
+            return False
+        if not count:
+            self._receive_error = StreamTruncated(f"the connection was closed by the other side {when}")
+            raise self._receive_error
+        self._drained = count < len(scratch)
+        self._session.feed(scratch[:count])
+        return True
+
+    def _decrypt(self) -> bool:
+        """Decrypt all that was received into `_ready`; False when that was nothing. The reader is told of failures."""
+        session = self._session
+        try:
+            view = session.decrypt()
+            while view:
+                self._ready.append(view)
+                if not session.pending_in and not session.failed:
+                    break
+                view = session.decrypt()
+        except ssl.SSLError as error:
+            self._receive_error = _failure(error)
+            self._send_ciphertext()  # the alert that says what we did not like
+            self._break(self._receive_error)
+        self._send_ciphertext()  # an answer to a key update
+        return bool(self._ready)
+
+    def _break(self, error: OSError | StreamTruncated) -> None:
+        if self._broken is None:
+            self._broken = error
+        self._backlog.clear()
+        self.backlog = 0
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._progress is not None:
+            self._progress.set()
+            self._progress = None
+
+
+def _pieces(views: Iterable[memoryview | bytes]) -> Iterable[memoryview | bytes]:
+    """Cut and join to pieces of at most CHUNK bytes: records of 16 KiB cost OpenSSL a third of small ones."""
+    small: list[memoryview | bytes] = []
+    gathered = 0
+    for view in views:
+        size = len(view)
+        if size >= RECORD:
+            if small:
+                yield small[0] if len(small) == 1 else b"".join(small)
+                small, gathered = [], 0
+            if size <= CHUNK:
+                yield view
+            else:
+                whole = memoryview(view)
+                for start in range(0, size, CHUNK):
+                    yield whole[start : start + CHUNK]
+        elif size:
+            if gathered + size > CHUNK:
+                yield b"".join(small)
+                small, gathered = [], 0
+            small.append(view)
+            gathered += size
+    if small:
+        yield small[0] if len(small) == 1 else b"".join(small)
+
+
+def _reason(error: ssl.SSLError) -> str:
+    return (error.reason or str(error)).lower().replace("_", " ")
+
+
+def _truncated_by(error: OSError, when: str) -> StreamTruncated:
+    truncated = StreamTruncated(f"the connection broke {when}: {error.strerror or error}")
+    truncated.__cause__ = error
+    return truncated
+
+
+def _failure(error: ssl.SSLError) -> StreamTruncated:
+    reason = error.reason or ""
+    if "ALERT" in reason:
+        alert = reason.split("ALERT_", 1)[-1].lower()
+        failure: StreamTruncated = TlsAlert(
+            f"the other side ended the TLS connection: {alert.replace('_', ' ')}", alert=alert
+        )
+    else:
+        failure = StreamTruncated(f"what arrived is not the TLS stream that was begun: {_reason(error)}")
+    failure.__cause__ = error
+    return failure
+
+
+class TlsTrioStream(trio.abc.HalfCloseableStream):
+    """A TlsStream as Trio's abstract stream, for code that knows nothing of views and sinks."""
+
+    def __init__(self, stream: TlsStream) -> None:
+        self.stream = stream
+        self._sending = False
+        self._receiving = False
+        self._leftover = _EMPTY
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Send everything. Cancelled, a part of it may have been sent."""
+        if self._sending:
+            raise trio.BusyResourceError("another task is sending")
+        self._sending = True
+        try:
+            await self._wait_sendable()
+            view = memoryview(data)
+            while view:
+                view = view[self.stream.send_nowait([view]) :]
+                await self._wait_sendable()
+            await self._translate_drain()
+        finally:
+            self._sending = False
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """Wait until `send_all` would begin at once."""
+        if self._sending:
+            raise trio.BusyResourceError("another task is sending")
+        self._sending = True
+        try:
+            await self._wait_sendable()
+        finally:
+            self._sending = False
+
+    async def send_eof(self) -> None:
+        """Send close_notify; receiving goes on."""
+        if self._sending:
+            raise trio.BusyResourceError("another task is sending")
+        self._sending = True
+        try:
+            await trio.lowlevel.checkpoint()
+            self.stream.send_eof_nowait()
+            await self._translate_drain()
+        finally:
+            self._sending = False
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """Receive at least one byte, or b"" at close_notify.
+
+        Raises: trio.BrokenResourceError when the stream was cut, with StreamTruncated as its cause.
+        """
+        if max_bytes is not None and operator.index(max_bytes) < 1:
+            raise ValueError("max_bytes must be at least 1")
+        if self._receiving:
+            raise trio.BusyResourceError("another task is receiving")
+        self._receiving = True
+        try:
+            if self._leftover and not self.stream._closed:
+                await trio.lowlevel.checkpoint()
+                view = self._leftover
+            else:
+                try:
+                    view = await self.stream.receive_view()
+                except StreamTruncated as error:
+                    raise trio.BrokenResourceError(str(error)) from error
+            size = len(view) if max_bytes is None else max_bytes
+            self._leftover = view[size:]
+            return bytes(view[:size])
+        finally:
+            self._receiving = False
+
+    async def aclose(self) -> None:
+        """Close gracefully; cancelled, abort."""
+        await self.stream.aclose()
+        await trio.lowlevel.checkpoint()
+
+    async def _wait_sendable(self) -> None:
+        await trio.lowlevel.checkpoint()
+        try:
+            await self.stream.wait_sendable()
+        except StreamTruncated as error:
+            raise trio.BrokenResourceError(str(error)) from error
+
+    async def _translate_drain(self) -> None:
+        try:
+            await self.stream.drain()
+        except StreamTruncated as error:
+            raise trio.BrokenResourceError(str(error)) from error
+
+
+__all__ = ["TlsSession", "TlsStream", "TlsTrioStream", "TlsAlert", "BACKLOG_LIMIT"]

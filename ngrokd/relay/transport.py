@@ -1,0 +1,299 @@
+"""Byte transports under TLS: a socket, or two ends in memory that behave like one.
+
+A transport never waits inside an operation. Sending and receiving take what is possible now and say how much that was;
+waiting is separate, so that the packet path can write to the ingress inside its batch without a task switch.
+
+The pair in memory follows the kernel's rules where they decide what a program sees: bounded buffers, bytes still
+readable after the other side has finished, none after it has aborted, a reset for the peer of an end that is closed
+with unread bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+import struct
+from typing import Final, Protocol, runtime_checkable
+
+import trio
+
+# Unsent bytes the kernel may hide from us (of up to 4 MiB of send buffer). Less and a 10 Gbit/s path runs dry between
+# two wakes of this process; more and back-pressure reaches the app late.
+NOT_SENT_LOW_WATER: Final = 128 * 1024
+# Go's net package, and so every other client of the ingress: probe after 15 s of silence, every 15 s, 9 times.
+KEEPALIVE_IDLE_S: Final = 15
+KEEPALIVE_INTERVAL_S: Final = 15
+KEEPALIVE_COUNT: Final = 9
+
+
+@runtime_checkable
+class Transport(Protocol):
+    """One byte stream each way, without waiting. One task at a time waits in each direction."""
+
+    def send_nowait(self, data: bytes | bytearray | memoryview) -> int:
+        """Send a prefix of `data`.
+
+        Returns: the bytes taken; 0 when none can be taken now.
+        Raises: OSError when the connection is broken or closed.
+        """
+        ...
+
+    def receive_into_nowait(self, buffer: bytearray | memoryview) -> int | None:
+        """Receive into `buffer`.
+
+        Returns: the bytes received, 0 at the end of the stream, None when nothing is there now.
+        Raises: OSError when the connection is broken or closed.
+        """
+        ...
+
+    async def wait_readable(self) -> None:
+        """Return when receiving would not give None. Raises trio.ClosedResourceError when closed meanwhile."""
+        ...
+
+    async def wait_writable(self) -> None:
+        """Return when sending would not give 0. Raises trio.ClosedResourceError when closed meanwhile."""
+        ...
+
+    def shutdown_write(self) -> None:
+        """End our direction (TCP FIN); the other goes on. Raises OSError when the connection is broken or closed."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the connection; what was taken is still delivered. Any number of times."""
+        ...
+
+    def abort(self) -> None:
+        """Cut the connection: the peer sees a reset (TCP RST), what was not delivered is lost. Any number of times."""
+        ...
+
+
+class SocketTransport:
+    """A connected stream socket, which it owns from now on."""
+
+    __slots__ = ("_closed", "_socket")
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            _tune(sock)
+        self._socket = sock
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<SocketTransport {'closed' if self._closed else self._socket.fileno()}>"
+
+    def fileno(self) -> int:
+        """Return the descriptor, -1 when closed."""
+        return self._socket.fileno()
+
+    def send_nowait(self, data: bytes | bytearray | memoryview) -> int:
+        """See Transport."""
+        try:
+            return self._socket.send(data)
+        except (BlockingIOError, InterruptedError):
+            return 0
+
+    def receive_into_nowait(self, buffer: bytearray | memoryview) -> int | None:
+        """See Transport."""
+        try:
+            return self._socket.recv_into(buffer)
+        except (BlockingIOError, InterruptedError):
+            return None
+
+    async def wait_readable(self) -> None:
+        """See Transport."""
+        if self._closed:
+            raise trio.ClosedResourceError("this connection was closed")
+        await trio.lowlevel.wait_readable(self._socket)
+
+    async def wait_writable(self) -> None:
+        """See Transport."""
+        if self._closed:
+            raise trio.ClosedResourceError("this connection was closed")
+        await trio.lowlevel.wait_writable(self._socket)
+
+    def shutdown_write(self) -> None:
+        """See Transport."""
+        self._socket.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        """See Transport."""
+        if not self._closed:
+            self._closed = True
+            with contextlib.suppress(RuntimeError):  # outside of Trio nobody can be waiting for it
+                trio.lowlevel.notify_closing(self._socket)
+            self._socket.close()
+
+    def abort(self) -> None:
+        """See Transport."""
+        if not self._closed:
+            if self._socket.family in (socket.AF_INET, socket.AF_INET6):
+                with contextlib.suppress(OSError):  # macOS: EINVAL once the peer has reset; nothing is left to cut
+                    self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.close()
+
+
+def _tune(sock: socket.socket) -> None:
+    """Set what a relayed stream needs; an option that this system lacks is left alone."""
+    idle = getattr(socket, "TCP_KEEPIDLE", getattr(socket, "TCP_KEEPALIVE", None))  # macOS names it differently
+    for level, option, value in (
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+        (socket.IPPROTO_TCP, getattr(socket, "TCP_NOTSENT_LOWAT", None), NOT_SENT_LOW_WATER),
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        (socket.IPPROTO_TCP, idle, KEEPALIVE_IDLE_S),
+        (socket.IPPROTO_TCP, getattr(socket, "TCP_KEEPINTVL", None), KEEPALIVE_INTERVAL_S),
+        (socket.IPPROTO_TCP, getattr(socket, "TCP_KEEPCNT", None), KEEPALIVE_COUNT),
+    ):
+        if option is not None:
+            try:
+                sock.setsockopt(level, option, value)
+            except OSError:
+                continue
+
+
+async def connect_tcp(address: str, port: int) -> Transport:
+    """Connect to a numeric address; nothing is looked up.
+
+    When cancelled, the socket is closed and no connection is left behind.
+
+    Raises: OSError (refused, unreachable, not a numeric address).
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    flags = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
+    target = socket.getaddrinfo(address, port, family, socket.SOCK_STREAM, 0, flags)[0][4]  # parses, asks nobody
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        code = sock.connect_ex(target)
+        if code in (errno.EINPROGRESS, errno.EINTR):
+            await trio.lowlevel.wait_writable(sock)
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise OSError(code, errno.errorcode.get(code, "connect failed"))
+    except BaseException:
+        sock.close()
+        raise
+    return SocketTransport(sock)
+
+
+class _Pipe:
+    """One direction in memory: bounded bytes, an end, or a break."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.data = bytearray()
+        self.ended = False  # nothing more will be written
+        self.broken: int = 0  # errno for both ends
+        self._changed: trio.Event | None = None
+
+    def notify(self) -> None:
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
+
+    async def wait_change(self) -> None:
+        if self._changed is None:
+            self._changed = trio.Event()
+        await self._changed.wait()
+
+
+class _MemoryTransport:
+    """One end of a pair; see `memory_transport_pair`."""
+
+    __slots__ = ("_closed", "_from_peer", "_to_peer")
+
+    def __init__(self, from_peer: _Pipe, to_peer: _Pipe) -> None:
+        self._from_peer = from_peer
+        self._to_peer = to_peer
+        self._closed = False
+
+    def send_nowait(self, data: bytes | bytearray | memoryview) -> int:
+        pipe = self._to_peer
+        self._check_open()
+        if pipe.broken:
+            raise _os_error(pipe.broken)
+        if pipe.ended:
+            raise _os_error(errno.EPIPE)
+        taken = min(len(data), pipe.capacity - len(pipe.data))
+        if taken > 0:
+            pipe.data += memoryview(data)[:taken]
+            pipe.notify()
+        return max(taken, 0)
+
+    def receive_into_nowait(self, buffer: bytearray | memoryview) -> int | None:
+        pipe = self._from_peer
+        self._check_open()
+        if pipe.broken:
+            raise _os_error(pipe.broken)
+        taken = min(len(buffer), len(pipe.data))
+        if taken:
+            buffer[:taken] = pipe.data[:taken]
+            del pipe.data[:taken]
+            pipe.notify()
+            return taken
+        return 0 if pipe.ended else None
+
+    async def wait_readable(self) -> None:
+        pipe = self._from_peer
+        await trio.lowlevel.checkpoint()
+        while not (self._closed or pipe.broken or pipe.data or pipe.ended):
+            await pipe.wait_change()
+        if self._closed:
+            raise trio.ClosedResourceError("this connection was closed")
+
+    async def wait_writable(self) -> None:
+        pipe = self._to_peer
+        await trio.lowlevel.checkpoint()
+        while not (self._closed or pipe.broken or pipe.ended or len(pipe.data) < pipe.capacity):
+            await pipe.wait_change()
+        if self._closed:
+            raise trio.ClosedResourceError("this connection was closed")
+
+    def shutdown_write(self) -> None:
+        self._check_open()
+        self._to_peer.ended = True
+        self._to_peer.notify()
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if self._from_peer.data:  # Linux answers with a reset when a socket is closed with unread bytes
+            self._break(errno.ECONNRESET)
+        else:
+            self._to_peer.ended = True
+            self._from_peer.broken = self._from_peer.broken or errno.EPIPE  # the peer has no reader any more
+            self._wake()
+
+    def abort(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._break(errno.ECONNRESET)
+
+    def _break(self, code: int) -> None:
+        for pipe in (self._to_peer, self._from_peer):
+            pipe.broken = code
+            pipe.data.clear()
+        self._wake()
+
+    def _wake(self) -> None:
+        self._to_peer.notify()
+        self._from_peer.notify()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise _os_error(errno.EBADF)
+
+
+def _os_error(code: int) -> OSError:
+    return OSError(code, errno.errorcode[code])
+
+
+def memory_transport_pair(capacity: int = 64 * 1024) -> tuple[Transport, Transport]:
+    """Make two connected transports in memory, each direction holding at most `capacity` bytes."""
+    one, two = _Pipe(capacity), _Pipe(capacity)
+    return _MemoryTransport(one, two), _MemoryTransport(two, one)
+
+
+__all__ = ["Transport", "SocketTransport", "connect_tcp", "memory_transport_pair"]
