@@ -1,0 +1,406 @@
+"""What should be, given what the API says: pure decisions, applied by others.
+
+`plan` turns a listing (raw JSON values, hostile) into the state wanted and the difference from the state before.
+Three rules shape it:
+
+- One bad endpoint is skipped with its reason, the others live.
+- A service is a host name and a port. Several endpoints with the same URL (ngrok pools them) are one service, which
+  goes when the last of them goes. Two URLs that differ only in scheme want the same door; one gets it, always the
+  same one for the same listing, and the other is reported.
+- An API that suddenly lists nothing is more often wrong than right. When at least three endpoints vanish at once, the
+  plan asks for a second look and changes nothing.
+
+The same listing gives the same plan in any order, and a plan made twice changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
+from ipaddress import IPv4Address
+from types import MappingProxyType
+from typing import Final
+
+from ngrokd.endpoints import ALWAYS_DENIED, BadEndpoint, Endpoint, parse_endpoint, printable
+from ngrokd.names.addresses import AddressPool
+from ngrokd.names.directory import Directory
+from ngrokd.names.hosts import DEFAULT_INSTANCE, Survey
+
+CONFIRM_FROM: Final = 3
+"""From this many endpoints on, an empty listing must be seen twice before anything is removed."""
+
+SHADOWS_PUBLIC: Final = "shadows-public"
+"""Flag of a host name that resolves publicly as well: this machine now reaches ngrok under it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A host name and port that is served.
+
+    Attributes:
+        endpoint: the one that stands for the pool, the smallest id.
+        address: where it answers on this machine.
+        others: the other endpoints with the same URL, by id.
+    """
+
+    endpoint: Endpoint
+    address: IPv4Address
+    others: tuple[Endpoint, ...] = ()
+
+    @property
+    def pool_size(self) -> int:
+        """How many endpoints share the URL, at least 1."""
+        return 1 + len(self.others)
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """An endpoint that is not served, and why. All printable; `id` and `url` are "" where there was none."""
+
+    id: str
+    url: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Desired:
+    """Everything that should be true on this machine. The default is: nothing is served.
+
+    Attributes:
+        services: sorted by host and port.
+        skipped: in the order of ids.
+        without_address: host names for which the subnet had no address left, sorted.
+        directory: what the data plane is told.
+        flags: words about host names that are found out later, such as `SHADOWS_PUBLIC`.
+    """
+
+    services: tuple[Service, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+    without_address: tuple[str, ...] = ()
+    directory: Directory = field(default_factory=Directory, repr=False)
+    flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def endpoint_count(self) -> int:
+        """How many endpoints are served, each member of a pool counted."""
+        return sum(service.pool_size for service in self.services)
+
+    def hosts_entries(self) -> list[tuple[IPv4Address, str]]:
+        """What the hosts section says: one line for each name, sorted by address."""
+        return sorted({(service.address, service.endpoint.host) for service in self.services})
+
+    def names(self) -> set[str]:
+        """The host names that are served."""
+        return {service.endpoint.host for service in self.services}
+
+    def with_flags(self, flags: Mapping[str, Collection[str]]) -> Desired:
+        """The same state with these flags instead, for names that are served."""
+        names = self.names()
+        kept = {host: tuple(sorted(words)) for host, words in sorted(flags.items()) if host in names and words}
+        return replace(self, flags=MappingProxyType(kept))
+
+
+NOTHING: Final = Desired()
+"""The state before the first plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class Denied:
+    """Names that are never served here, besides those that `endpoints.check_hostname` refuses anywhere.
+
+    Make it with `denied`.
+    """
+
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    foreign: AbstractSet[str] = frozenset()
+    own: Mapping[str, str] = field(default_factory=dict)
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
+    instance: str = DEFAULT_INSTANCE
+
+    def reason(self, host: str) -> str:
+        """Why this name is not served, or ""."""
+        if host in self.foreign:
+            return f"{host} stands in the hosts file already, outside our section"
+        owner = self.elsewhere.get(host)
+        # Two that wrote the name at the same moment must not both keep it, nor both let go: the smaller name keeps it.
+        if owner is not None and (host not in self.own or owner < self.instance):
+            return f"{host} is served by the instance on {printable(owner, 64)}"
+        return self.reasons.get(host, "")
+
+
+def denied(
+    *,
+    machine: Iterable[str] = (),
+    servers: Iterable[str] = (),
+    hosts: Survey | None = None,
+    instance: str | None = None,
+) -> Denied:
+    """Gather the names that must not be taken over.
+
+    Args:
+        machine: what this machine calls itself: host name and fully qualified name.
+        servers: hosts of the configured API and ingress; ngrok's own are always included.
+        hosts: the hosts file as it is now, None when it is not used.
+        instance: our interface name; None is the same as ngrokd0.
+    """
+    reasons = dict.fromkeys(map(_folded, machine), "it is this machine's own name")
+    reasons.update(dict.fromkeys(map(_folded, servers), "the daemon itself must reach that server under this name"))
+    reasons.update(dict.fromkeys(ALWAYS_DENIED, "the daemon itself must reach that server under this name"))
+    if hosts is None:
+        return Denied(reasons, instance=instance or DEFAULT_INSTANCE)
+    return Denied(reasons, hosts.foreign, hosts.own, hosts.elsewhere, instance or DEFAULT_INSTANCE)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The state wanted, and how it differs from the state before.
+
+    Attributes:
+        desired: what should be. The state before, unchanged, when `confirm` is set.
+        added: services that were not there.
+        removed: services that are no more.
+        changed: services at the same name and port whose URL, address or protocol differs: (before, after).
+        confirm: everything vanished at once; ask the API again soon and plan with `confirmed`.
+    """
+
+    desired: Desired
+    added: tuple[Service, ...] = ()
+    removed: tuple[Service, ...] = ()
+    changed: tuple[tuple[Service, Service], ...] = ()
+    confirm: bool = False
+
+    def __bool__(self) -> bool:
+        """Whether a service comes, goes or changes."""
+        return bool(self.added or self.removed or self.changed)
+
+    def summary(self, limit: int = 5) -> str:
+        """The difference in one printable line: `2 added (http://a.prod, tcp://b.prod:5432), 1 removed (...)`."""
+        parts = []
+        for services, verb in (
+            (self.added, "added"),
+            (self.removed, "removed"),
+            ([after for _, after in self.changed], "changed"),
+        ):
+            if services:
+                urls = ", ".join(service.endpoint.url for service in services[:limit])
+                more = ", ..." if len(services) > limit else ""
+                parts.append(f"{len(services)} {verb} ({urls}{more})")
+        return ", ".join(parts) or "no change"
+
+
+def plan(
+    previous: Desired,
+    listing: Sequence[object],
+    pool: AddressPool,
+    refused: Denied,
+    now: float,
+    *,
+    confirmed: bool = False,
+    limit: int = 65533,
+) -> Plan:
+    """Decide what should be.
+
+    Args:
+        previous: the state that stands, `NOTHING` at the start.
+        listing: the API's objects as decoded, all pages.
+        pool: gives the names their addresses; it is the only thing changed here, and what it learns stays true
+            whether or not the plan is carried out.
+        refused: names that must not be served.
+        now: wall clock, seconds since 1970.
+        confirmed: an empty listing has been seen twice, or the user asked for it.
+        limit: how many services at most; those that stand go first, then the order of names.
+    """
+    endpoints, skipped = _read(listing, previous)
+    doors = _merge(endpoints, refused, skipped)
+    if not doors and not confirmed and previous.endpoint_count >= CONFIRM_FROM:
+        return Plan(previous, confirm=True)
+
+    before = {(service.endpoint.host, service.endpoint.port): service for service in previous.services}
+    if len(doors) > limit:
+        ranked = sorted(doors, key=lambda door: (door not in before, door))
+        for door in ranked[limit:]:
+            skipped.extend(
+                _skip(member, f"more than {limit} endpoints (limits.endpoints)") for member in doors.pop(door)
+            )
+    addresses = pool.assign({host for host, _ in doors}, now)
+    services: list[Service] = []
+    for (host, port), members in sorted(doors.items()):
+        address = addresses.get(host)
+        if address is None:
+            skipped.extend(_skip(member, f"no address is left in {pool.subnet}") for member in members)
+            continue
+        service = Service(members[0], address, tuple(members[1:]))
+        standing = before.get((host, port))
+        # Keep the object that stands: at 65,000 endpoints the old and the new state would weigh twice.
+        services.append(standing if standing == service else service)
+
+    desired = Desired(
+        services=tuple(services),
+        skipped=tuple(sorted(skipped, key=lambda one: (one.id, one.url, one.reason))),
+        without_address=pool.without_address,
+        directory=Directory((service.address, service.endpoint) for service in services),
+    ).with_flags(previous.flags)
+    return _difference(previous, desired)
+
+
+def rows(desired: Desired) -> list[dict[str, object]]:
+    """What `list` answers: the Go daemon's fields, then ours, one row for each service, sorted by host and port."""
+    return [
+        {
+            "id": service.endpoint.id,
+            "hostname": service.endpoint.host,
+            "ip": str(service.address),
+            "port": service.endpoint.port,
+            "url": service.endpoint.url,
+            "local_listener": True,
+            "network_port": 0,
+            "listen_interface": "virtual",
+            "proto": service.endpoint.proto,
+            "name": service.endpoint.name,
+            "pool_size": service.pool_size,
+            "flags": list(desired.flags.get(service.endpoint.host, ())),
+        }
+        for service in desired.services
+    ]
+
+
+# The last known state, for a start while the API is down
+
+
+def dump_endpoints(desired: Desired, now: float) -> bytes:
+    """`endpoints.json`: the endpoints served, as objects that `plan` takes for a listing. Sorted; equal states differ
+    only in `saved_at` (wall clock, whole seconds since 1970)."""
+    members = [endpoint for service in desired.services for endpoint in (service.endpoint, *service.others)]
+    listing = [
+        {
+            "id": endpoint.id,
+            "url": endpoint.url,
+            "proto": endpoint.proto,
+            **({"name": endpoint.name} if endpoint.name else {}),
+            **({"description": endpoint.description} if endpoint.description else {}),
+        }
+        for endpoint in members
+    ]
+    head = json.dumps({"version": 1, "saved_at": int(now)})[:-1]
+    lines = ",\n".join(map(json.dumps, listing))
+    return f'{head}, "endpoints": [\n{lines}\n]}}\n'.encode("ascii")
+
+
+@dataclass(frozen=True, slots=True)
+class LastKnown:
+    """What `endpoints.json` held.
+
+    Attributes:
+        listing: raw objects, to be judged by `plan` like any listing.
+        saved_at: wall clock, seconds since 1970; 0 when unknown.
+        problem: why nothing could be read, printable, or "".
+    """
+
+    listing: tuple[object, ...] = ()
+    saved_at: float = 0.0
+    problem: str = ""
+
+
+def load_endpoints(data: bytes | None) -> LastKnown:
+    """Read `endpoints.json`; None stands for a file that does not exist. Never fails: see `LastKnown.problem`."""
+    if data is None:
+        return LastKnown()
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        return LastKnown(problem=f"endpoints.json is damaged ({printable(str(error), 100)}); it is started anew")
+    listing = value.get("endpoints") if isinstance(value, dict) else None
+    if not isinstance(listing, list):
+        return LastKnown(problem="endpoints.json holds no list of endpoints; it is started anew")
+    saved_at = value.get("saved_at")
+    known = isinstance(saved_at, int) and not isinstance(saved_at, bool) and 0 < saved_at < 253_402_300_800
+    return LastKnown(tuple(listing), float(saved_at) if known else 0.0)
+
+
+# Helpers, in the order of `plan`
+
+
+def _folded(name: str) -> str:
+    return name.lower().removesuffix(".")
+
+
+def _read(listing: Iterable[object], previous: Desired) -> tuple[list[Endpoint], list[Skipped]]:
+    known = {endpoint.id: endpoint for service in previous.services for endpoint in (service.endpoint, *service.others)}
+    endpoints: list[Endpoint] = []
+    skipped: list[Skipped] = []
+    for obj in listing:
+        try:
+            endpoint = parse_endpoint(obj)
+        except BadEndpoint as error:
+            skipped.append(_skip_raw(obj, str(error)))
+            continue
+        same = known.get(endpoint.id)
+        endpoints.append(same if same == endpoint else endpoint)
+    return endpoints, skipped
+
+
+def _merge(
+    endpoints: Iterable[Endpoint], refused: Denied, skipped: list[Skipped]
+) -> dict[tuple[str, int], list[Endpoint]]:
+    """Group by name and port; the first of each list stands for it."""
+    doors: dict[tuple[str, int], list[Endpoint]] = {}
+    verdicts: dict[str, str] = {}
+    for endpoint in endpoints:
+        host = endpoint.host
+        reason = verdicts.get(host)
+        if reason is None:
+            reason = verdicts[host] = refused.reason(host)
+        if reason:
+            skipped.append(_skip(endpoint, reason))
+        else:
+            doors.setdefault((host, endpoint.port), []).append(endpoint)
+    for door, members in doors.items():
+        if len(members) > 1:
+            doors[door] = _one_scheme(members, skipped)
+    return doors
+
+
+def _one_scheme(members: list[Endpoint], skipped: list[Skipped]) -> list[Endpoint]:
+    # Sorted by everything, so that the outcome does not depend on the order of the listing. An endpoint may come twice
+    # when the list moves between two pages.
+    ordered = sorted(set(members), key=lambda e: (e.scheme, e.id, e.url, e.proto, e.name, e.description))
+    first = ordered[0]
+    winners: dict[str, Endpoint] = {}
+    for endpoint in ordered:
+        if endpoint.scheme == first.scheme:
+            winners.setdefault(endpoint.id, endpoint)
+        else:
+            skipped.append(_skip(endpoint, f"{first.url} ({first.id}) has the same host and port and is served"))
+    return list(winners.values())
+
+
+def _skip(endpoint: Endpoint, reason: str) -> Skipped:
+    return Skipped(endpoint.id, printable(endpoint.url), reason)
+
+
+def _skip_raw(obj: object, reason: str) -> Skipped:
+    fields = obj if isinstance(obj, dict) else {}
+    id_, url = fields.get("id"), fields.get("url") or fields.get("public_url")
+    return Skipped(
+        printable(id_, 128) if isinstance(id_, str) else "", printable(url) if isinstance(url, str) else "", reason
+    )
+
+
+def _difference(previous: Desired, desired: Desired) -> Plan:
+    before = {(service.endpoint.host, service.endpoint.port): service for service in previous.services}
+    added: list[Service] = []
+    changed: list[tuple[Service, Service]] = []
+    for service in desired.services:
+        former = before.pop((service.endpoint.host, service.endpoint.port), None)
+        if former is None:
+            added.append(service)
+        elif former is not service and _face(former) != _face(service):
+            changed.append((former, service))
+    return Plan(desired, tuple(added), tuple(before.values()), tuple(changed))
+
+
+def _face(service: Service) -> tuple[str, str, IPv4Address]:
+    # Who of a pool stands for it, and how many they are, is nobody's news.
+    return service.endpoint.scheme, service.endpoint.proto, service.address
