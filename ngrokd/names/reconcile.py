@@ -20,6 +20,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
+from operator import is_
 from types import MappingProxyType
 from typing import Final
 
@@ -89,7 +90,8 @@ class Desired:
 
     def hosts_entries(self) -> list[tuple[IPv4Address, str]]:
         """What the hosts section says: one line for each name, sorted by address."""
-        return sorted({(service.address, service.endpoint.host) for service in self.services})
+        addresses = {service.endpoint.host: service.address for service in self.services}
+        return sorted(((address, host) for host, address in addresses.items()), key=lambda entry: int(entry[0]))
 
     def names(self) -> set[str]:
         """The host names that are served."""
@@ -236,11 +238,12 @@ def plan(
         # Keep the object that stands: at 65,000 endpoints the old and the new state would weigh twice.
         services.append(standing if standing == service else service)
 
+    same = len(services) == len(previous.services) and all(map(is_, services, previous.services))
     desired = Desired(
-        services=tuple(services),
+        services=previous.services if same else tuple(services),
         skipped=tuple(sorted(skipped, key=lambda one: (one.id, one.url, one.reason))),
         without_address=pool.without_address,
-        directory=Directory((service.address, service.endpoint) for service in services),
+        directory=previous.directory if same else Directory((one.address, one.endpoint) for one in services),
     ).with_flags(previous.flags)
     return _difference(previous, desired)
 
@@ -331,14 +334,27 @@ def _read(listing: Iterable[object], previous: Desired) -> tuple[list[Endpoint],
     endpoints: list[Endpoint] = []
     skipped: list[Skipped] = []
     for obj in listing:
+        id_ = obj.get("id") if isinstance(obj, dict) else None
+        same = known.get(id_) if isinstance(id_, str) else None
+        if same is not None and isinstance(obj, dict) and _says(obj, same):
+            endpoints.append(same)
+            continue
         try:
-            endpoint = parse_endpoint(obj)
+            endpoints.append(parse_endpoint(obj))
         except BadEndpoint as error:
             skipped.append(_skip_raw(obj, str(error)))
-            continue
-        same = known.get(endpoint.id)
-        endpoints.append(same if same == endpoint else endpoint)
     return endpoints, skipped
+
+
+def _says(obj: dict[object, object], endpoint: Endpoint) -> bool:
+    """Whether parsing this object is sure to give this endpoint; spares most of the work of most polls."""
+    proto, name, description = obj.get("proto"), obj.get("name"), obj.get("description")
+    return (
+        obj.get("url") == endpoint.url
+        and (proto == endpoint.proto or (proto is None and endpoint.proto == endpoint.scheme))
+        and (name == endpoint.name or (name is None and not endpoint.name))
+        and (description == endpoint.description or (description is None and not endpoint.description))
+    )
 
 
 def _merge(
