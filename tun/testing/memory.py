@@ -271,6 +271,7 @@ class FaultyDevice:
         self._leaving: list[tuple[float, int, bytes, int, int]] = []  # due, order, packet, header bytes, gso_size
         self._order = 0
         self._scope: trio.CancelScope | None = None
+        self._closed = False
 
     @property
     def drops(self) -> dict[str, int]:
@@ -330,9 +331,14 @@ class FaultyDevice:
     async def wait_writable(self) -> None:
         """Return at once: what cannot leave yet waits here."""
         await trio.lowlevel.checkpoint()
+        if self._closed:
+            raise DeviceError(f"the device {self.name} was closed", errno=errno.EBADF)
 
     def close(self) -> None:
-        """Close the device behind."""
+        """Close the device behind; what is still on its way is lost."""
+        self._closed = True
+        self._arriving.clear()
+        self._leaving.clear()
         self.device.close()
 
     def _move(self) -> None:
