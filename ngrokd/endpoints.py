@@ -228,36 +228,42 @@ def parse_url(url: str) -> tuple[str, str, int]:
         raise BadEndpoint(f"the url is longer than {MAX_URL} characters")
     # Before anything else looks at the text: what is invisible or looks like something else never gets further.
     if _RAW.fullmatch(url) is None:
-        raise BadEndpoint(f"the url {_quote(url)} has blanks, control or non-ASCII characters")
+        raise BadEndpoint(f"the url {_quote(shown_url(url))} has blanks, control or non-ASCII characters")
     parts = _URL.fullmatch(url)
     if parts is None:
-        raise BadEndpoint(f"the url {_quote(url)} is not scheme://host[:port]")
+        raise BadEndpoint(f"the url {_quote(shown_url(url))} is not scheme://host[:port]")
     scheme = intern(parts["scheme"].lower())
     if scheme not in DEFAULT_PORTS:
-        raise BadEndpoint(f"the scheme of {_quote(url)} is none of http, https, tcp, tls")
+        raise BadEndpoint(f"the scheme of {_quote(shown_url(url))} is none of http, https, tcp, tls")
     authority, rest = parts["authority"], parts["rest"]
     if "@" in authority:
-        raise BadEndpoint(f"the url {_quote(url)} has user info")
+        raise BadEndpoint(f"the url {_quote(shown_url(url))} has user info")
     if "#" in rest:
-        raise BadEndpoint(f"the url {_quote(url)} has a fragment")
+        raise BadEndpoint(f"the url {_quote(shown_url(url))} has a fragment")
     if "?" in rest:
-        raise BadEndpoint(f"the url {_quote(url)} has a query")
+        raise BadEndpoint(f"the url {_quote(shown_url(url))} has a query")
     if rest not in ("", "/"):
-        raise BadEndpoint(f"the url {_quote(url)} has a path")
+        raise BadEndpoint(f"the url {_quote(shown_url(url))} has a path")
     if "[" in authority or "]" in authority:
-        raise BadEndpoint(f"the url {_quote(url)} has an address instead of a name")
+        raise BadEndpoint(f"the url {_quote(shown_url(url))} has an address instead of a name")
     text, colon, digits = authority.partition(":")
     host = check_hostname(text)
     if colon:
         return scheme, host, _port(digits, url)
     default = DEFAULT_PORTS[scheme]
     if default is None:
-        raise BadEndpoint(f"the url {_quote(url)} needs a port: {scheme} has none by default")
+        raise BadEndpoint(f"the url {_quote(shown_url(url))} needs a port: {scheme} has none by default")
     return scheme, host, default
+
+
+def shown_url(url: str) -> str:
+    """The URL with its user info, which may hold a password, replaced by `***`. Not yet printable."""
+    return _USER_INFO.sub("://***@", url[:MAX_URL])
 
 
 _RAW: Final = re.compile(r"[\x21-\x7e]*")
 _URL: Final = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<authority>[^/?#]*)(?P<rest>.*)")
+_USER_INFO: Final = re.compile(r"://[^/?#]*@")
 _PORT: Final = re.compile(r"[1-9][0-9]{0,4}")
 _ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 _PROTO: Final = re.compile(r"[A-Za-z][A-Za-z0-9+._-]{0,31}")
@@ -305,7 +311,7 @@ def _what_is_wrong(name: str) -> str:
 
 def _port(digits: str, url: str) -> int:
     if _PORT.fullmatch(digits) is None or int(digits) > 65535:
-        raise BadEndpoint(f"the port of {_quote(url)} is not 1 to 65535")
+        raise BadEndpoint(f"the port of {_quote(shown_url(url))} is not 1 to 65535")
     return int(digits)
 
 

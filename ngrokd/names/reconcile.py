@@ -24,7 +24,7 @@ from operator import is_
 from types import MappingProxyType
 from typing import Final
 
-from ngrokd.endpoints import ALWAYS_DENIED, BadEndpoint, Endpoint, parse_endpoint, printable
+from ngrokd.endpoints import ALWAYS_DENIED, BadEndpoint, Endpoint, parse_endpoint, printable, shown_url
 from ngrokd.names.addresses import AddressPool
 from ngrokd.names.directory import Directory
 from ngrokd.names.hosts import DEFAULT_INSTANCE, Survey
@@ -400,7 +400,9 @@ def _skip_raw(obj: object, reason: str) -> Skipped:
     fields = obj if isinstance(obj, dict) else {}
     id_, url = fields.get("id"), fields.get("url") or fields.get("public_url")
     return Skipped(
-        printable(id_, 128) if isinstance(id_, str) else "", printable(url) if isinstance(url, str) else "", reason
+        printable(id_, 128) if isinstance(id_, str) else "",
+        printable(shown_url(url)) if isinstance(url, str) else "",
+        reason,
     )
 
 
