@@ -266,7 +266,9 @@ class _Editing:
     def run(self) -> bool:
         try:
             with self.translated("change"):
-                for _ in range(ATTEMPTS):
+                for attempt in range(ATTEMPTS):
+                    if attempt > 1:  # once is chance; more is somebody at work, who comes to an end sooner undisturbed
+                        self._ops.sleep(min(_POLL_S, 0.001 * attempt))
                     dir_fd, name = self.open_directory()
                     try:
                         if self._attempt(dir_fd, name):
@@ -374,6 +376,7 @@ class _Editing:
     def _replace(self, dir_fd: int, name: str, snapshot: _Snapshot, wanted: bytes) -> bool:
         ops = self._ops
         fd, temp = create_temp(dir_fd, name, 0o600, ops=ops)
+        ours = _identity(ops.fstat(fd))
         outcome = None
         try:
             try:
@@ -390,6 +393,8 @@ class _Editing:
                     ops.unlink(temp, dir_fd=dir_fd)
             if outcome is None:
                 return False
+            close_quietly(fd, ops=ops)  # or we would wait for ourselves to stop writing
+            fd = -1
             settled = self._settle(outcome)
             if not outcome.published:
                 return False
@@ -398,11 +403,12 @@ class _Editing:
                 there = ops.stat(name, dir_fd=dir_fd, follow_symlinks=False)
             except FileNotFoundError:
                 return False
-            return settled and _identity(there) == _identity(ops.fstat(fd))
+            return settled and _identity(there) == ours
         finally:
             if outcome is not None and outcome.late != snapshot.fd:
                 close_quietly(outcome.late, ops=ops)
-            close_quietly(fd, ops=ops)
+            if fd >= 0:
+                close_quietly(fd, ops=ops)
 
     def _publish(self, dir_fd: int, name: str, temp: str, snapshot: _Snapshot, wanted: bytes) -> _Outcome | None:
         """Put our text in place of what was read. Returns: None when something else stands there now."""

@@ -6,9 +6,7 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal, Protocol
 
 import pytest
 
@@ -27,22 +25,9 @@ from ngrokd.files import (
     remove,
     remove_stale,
 )
+from tests.ngrokd.faults import every_fault
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="changes owners")
-
-
-class EveryFault(Protocol):
-    """The fixture of conftest.py."""
-
-    def __call__(
-        self,
-        act: Callable[[Ops], object],
-        *,
-        reset: Callable[[], object],
-        check: Callable[[Literal["done", "failed", "crashed"]], object],
-        always: Mapping[str, int] = ...,
-        power_cut: bool = ...,
-    ) -> int: ...
 
 
 # --- atomic_write ---
@@ -100,7 +85,7 @@ def test_short_writes_are_continued(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == b"0123456789"
 
 
-def test_every_failing_system_call_leaves_the_old_content_or_the_new(tmp_path: Path, every_fault: EveryFault) -> None:
+def test_every_failing_system_call_leaves_the_old_content_or_the_new(tmp_path: Path) -> None:
     """The promise of the module, one system call after the other: seven errors, once or for good, or a power cut."""
     path = tmp_path / "state"
     outcomes: set[str] = set()
@@ -124,7 +109,7 @@ def test_every_failing_system_call_leaves_the_old_content_or_the_new(tmp_path: P
     assert outcomes == {"done", "failed", "crashed"}
 
 
-def test_a_first_file_is_there_entirely_or_not_at_all(tmp_path: Path, every_fault: EveryFault) -> None:
+def test_a_first_file_is_there_entirely_or_not_at_all(tmp_path: Path) -> None:
     """There is no old content to fall back to, so there must be no file."""
     path = tmp_path / "state"
 
@@ -492,7 +477,7 @@ def test_a_lock_that_cannot_be_made_says_why(tmp_path: Path) -> None:
         Lock(tmp_path / "none" / "lock", "x").acquire()
 
 
-def test_every_failing_call_leaves_the_lock_free(tmp_path: Path, every_fault: EveryFault) -> None:
+def test_every_failing_call_leaves_the_lock_free(tmp_path: Path) -> None:
     """A lock half taken would be in the way of the next start."""
     path = tmp_path / "lock"
 

@@ -1,4 +1,11 @@
-"""A file system that fails: every system call of `ngrokd.files.Ops` in turn, once or from then on, or a power cut."""
+"""A file system that fails: every system call of `ngrokd.files.Ops` in turn, once or from then on, or a power cut.
+
+cases = every_fault(
+    lambda ops: atomic_write(path, b"new", ops=ops),
+    reset=lambda: path.write_bytes(b"old"),
+    check=lambda outcome: ...,   # "done" | "failed" | "crashed": look at what is on the disk
+)
+"""
 
 from __future__ import annotations
 
@@ -7,9 +14,7 @@ import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import count
-from typing import Any, Literal, Protocol
-
-import pytest
+from typing import Any, Literal
 
 from ngrokd.errors import NgrokdError
 from ngrokd.files import Ops
@@ -90,59 +95,41 @@ class FaultyOps(Ops):
         return self._fired
 
 
-class EveryFault(Protocol):
-    """See the fixture."""
-
-    def __call__(
-        self,
-        act: Callable[[Ops], object],
-        *,
-        reset: Callable[[], object],
-        check: Callable[[Outcome], object],
-        always: Mapping[str, int] = ...,
-        power_cut: bool = ...,
-    ) -> int: ...
-
-
-@pytest.fixture
-def every_fault() -> EveryFault:
+def every_fault(
+    act: Callable[[Ops], object],
+    *,
+    reset: Callable[[], object],
+    check: Callable[[Outcome], object],
+    always: Mapping[str, int] | None = None,
+    power_cut: bool = True,
+) -> int:
     """Run `act` once for every system call it makes, each failing in every way; `check` is told how it ended.
 
-    `reset` comes before each case. Returns the number of cases. No case may leak a descriptor, and `act` may raise only
-    errors of the daemon's own.
+    `reset` comes before each case. No case may leak a descriptor, and `act` may raise only errors of the daemon's own.
+
+    Returns: the number of cases.
     """
-
-    def run(
-        act: Callable[[Ops], object],
-        *,
-        reset: Callable[[], object],
-        check: Callable[[Outcome], object],
-        always: Mapping[str, int] | None = None,
-        power_cut: bool = True,
-    ) -> int:
-        cases = 0
-        ways = [(number, persistent) for number in ERRNOS for persistent in (False, True)]
-        if power_cut:
-            ways.append((0, True))
-        for number, persistent in ways:
-            for fail_at in count():
-                reset()
-                descriptors = len(os.listdir("/dev/fd"))
-                ops = FaultyOps(fail_at, number, persistent=persistent, always=always or {})
-                outcome: Outcome = "done"
-                try:
-                    act(ops)
-                except NgrokdError:
-                    outcome = "failed"
-                except PowerCut:
-                    outcome = "crashed"
-                fired = ops.finish()
-                assert len(os.listdir("/dev/fd")) == descriptors
-                if not fired:
-                    assert outcome == "done"
-                    break
-                check(outcome)
-                cases += 1
-        return cases
-
-    return run
+    cases = 0
+    ways = [(number, persistent) for number in ERRNOS for persistent in (False, True)]
+    if power_cut:
+        ways.append((0, True))
+    for number, persistent in ways:
+        for fail_at in count():
+            reset()
+            descriptors = len(os.listdir("/dev/fd"))
+            ops = FaultyOps(fail_at, number, persistent=persistent, always=always or {})
+            outcome: Outcome = "done"
+            try:
+                act(ops)
+            except NgrokdError:
+                outcome = "failed"
+            except PowerCut:
+                outcome = "crashed"
+            fired = ops.finish()
+            assert len(os.listdir("/dev/fd")) == descriptors
+            if not fired:
+                assert outcome == "done"
+                break
+            check(outcome)
+            cases += 1
+    return cases
