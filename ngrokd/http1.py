@@ -513,10 +513,13 @@ def retry_after_s(value: str | None, wall_now: float) -> float | None:
     value = value.strip()
     if value.isascii() and value.isdigit():
         return float(value[:12])  # 12 digits are thirty thousand years
+    from datetime import UTC
     from email.utils import parsedate_to_datetime  # 10 ms of imports for a header that is rare
 
     try:
-        seconds = parsedate_to_datetime(value).timestamp()
+        date = parsedate_to_datetime(value)
+        # The asctime form names no zone, and HTTP knows only one.
+        seconds = (date if date.tzinfo is not None else date.replace(tzinfo=UTC)).timestamp()
     except (ValueError, TypeError, OverflowError):
         return None
     return max(0.0, seconds - wall_now) if math.isfinite(seconds) else None

@@ -1,0 +1,1 @@
+"""What ngrok knows: its API, our identity there, and how patiently we ask."""
