@@ -117,11 +117,11 @@ class SeenRequest:
 
 @dataclass(frozen=True, slots=True)
 class BoundEndpoint:
-    """An endpoint as ngrok lists it; `extra` overrides or adds fields, None values drop them."""
+    """An endpoint as ngrok lists it; `fields` overrides or adds fields, None values drop them."""
 
     id: str
     url: str
-    extra: Mapping[str, object] = field(default_factory=dict)
+    fields: Mapping[str, object] = field(default_factory=dict)
 
     def as_object(self) -> dict[str, object]:
         """The API's object."""
@@ -151,7 +151,7 @@ class BoundEndpoint:
             "uri": f"https://api.ngrok.com/endpoints/{self.id}",
             "pooling_enabled": False,
         }
-        endpoint.update(self.extra)
+        endpoint.update(self.fields)
         return {key: value for key, value in endpoint.items() if value is not None}
 
 
@@ -246,14 +246,21 @@ class ControlPlane:
             self._tls.minimum_version = ssl.TLSVersion.TLSv1_2
             load_identity(self._tls, identity)
 
-    def add_endpoint(self, url: str, *, id: str | None = None, **extra: object) -> str:  # noqa: A002 - ngrok's word
+    def add_endpoint(
+        self,
+        url: str,
+        *,
+        id: str | None = None,  # noqa: A002 - ngrok's word
+        fields: Mapping[str, object] | None = None,
+    ) -> str:
         """Bind an endpoint, or, with an id that exists, replace it. Returns its id.
 
-        A URL may be bound any number of times: that is a pool.
+        A URL may be bound any number of times: that is a pool. `fields` overrides or adds fields of the object; None
+        values drop them.
         """
         if id is None:
             id = self._new_id("ep")  # noqa: A001
-        return self.add_object(id, BoundEndpoint(id, url, extra))
+        return self.add_object(id, BoundEndpoint(id, url, fields or {}))
 
     def add_object(self, id: str, listed: object) -> str:  # noqa: A002
         """List any object at all, however wrong, at the place its id gives it."""

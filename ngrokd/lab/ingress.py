@@ -399,6 +399,7 @@ class _Served(HalfCloseableStream):
         self._left = toxics.after_bytes
         self._held = b""
         self._received_eof = False
+        self._sliced = False  # a slice was sent: the next one waits
 
     def give_back(self, surplus: bytes) -> None:
         if surplus:
@@ -478,8 +479,9 @@ class _Served(HalfCloseableStream):
             await self._send_whole(view)
             return
         for start in range(0, len(view), size):
-            if start and self._toxics.drip_s:
+            if self._sliced:
                 await trio.sleep(self._toxics.drip_s)
+            self._sliced = True
             await self._send_whole(view[start : start + size])
 
     async def _send_whole(self, view: memoryview) -> None:

@@ -222,7 +222,7 @@ async def test_a_page_boundary_may_vanish(plane: ControlPlane) -> None:
 async def test_endpoints_change_at_run_time(plane: ControlPlane) -> None:
     """Pools are one URL with several ids; any object at all can be listed."""
     plane.add_endpoint("http://pool.demo")
-    kept = plane.add_endpoint("http://pool.demo", pooling_enabled=True, proto=None)
+    kept = plane.add_endpoint("http://pool.demo", fields={"pooling_enabled": True, "proto": None})
     plane.add_endpoint("http://gone.demo")
     plane.add_object("zz_junk", {"url": 7})
     plane.remove_endpoint("http://gone.demo")
