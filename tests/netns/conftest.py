@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from tests.netns.support import Namespace, missing_for_namespaces, open_namespace
+from tests.netns.support import Namespace, open_namespace, require_namespaces
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,12 +22,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def netns() -> Iterator[Callable[[], Namespace]]:
     """Makes fresh private namespaces, each with nothing but lo: `ns = netns()`.
 
-    Where none can be made the test is skipped with the reason, but fails when CI=true: there, a test that silently does
-    not run is worse than one that fails.
+    Where none can be made the test is skipped with the reason, but fails when CI=true.
     """
-    if reason := missing_for_namespaces():
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
+    require_namespaces()
     with ExitStack() as namespaces:
         yield lambda: namespaces.enter_context(open_namespace())

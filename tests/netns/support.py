@@ -44,6 +44,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Final, ParamSpec, TypeVar
 
+import pytest
 import trio
 
 P = ParamSpec("P")
@@ -83,6 +84,17 @@ def missing_for_namespaces() -> str:
         ["unshare", "--net", "--mount", "true"], env=_environment(), capture_output=True, text=True, check=False
     )
     return f"namespaces cannot be made ({result.stderr.strip()}); run as root" if result.returncode else ""
+
+
+def require_namespaces() -> None:
+    """Skip the test where no namespace can be made, with the reason; but fail it when CI=true.
+
+    There, a test that silently does not run is worse than one that fails.
+    """
+    if reason := missing_for_namespaces():
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
 
 
 class Failed(AssertionError):  # noqa: N818 - a verdict on the program, not a mistake of the test

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from tests.netns import support
 from tests.netns.support import HOLDER, ROOT, Failed, Namespace
 
 WELL_BEHAVED = """
@@ -192,6 +193,35 @@ async def test_the_loop_goes_on_while_a_program_runs(netns: Callable[[], Namespa
             nursery.cancel_scope.cancel()
 
     assert result.stdout == "hello"
+
+
+def test_a_whole_event_loop_can_run_inside(netns: Callable[[], Namespace]) -> None:
+    """Everything it opens is inside then, and names are looked up in the private hosts file."""
+    ns = netns()
+    ns.write_file("/etc/hosts", "127.0.0.1 my-api.prod\n")
+
+    async def main() -> bytes:
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.serve_listeners, lambda stream: stream.send_all(b"hello"), listeners)
+            async with await trio.open_tcp_stream("my-api.prod", listeners[0].socket.getsockname()[1]) as stream:
+                answer = bytes(await stream.receive_some())
+            nursery.cancel_scope.cancel()
+        return answer
+
+    assert ns.call(trio.run, main) == b"hello"
+
+
+@pytest.mark.parametrize(("ci", "outcome"), [("true", "Failed"), ("", "Skipped")])
+def test_where_no_namespace_can_be_made_only_ci_fails(monkeypatch: pytest.MonkeyPatch, ci: str, outcome: str) -> None:
+    """On a person's machine it is a reason to skip, told in words."""
+    monkeypatch.setenv("CI", ci)
+    monkeypatch.setattr(support, "missing_for_namespaces", lambda: "run as root")
+
+    with pytest.raises(BaseException, match="run as root") as caught:
+        support.require_namespaces()
+
+    assert type(caught.value).__name__ == outcome
 
 
 def test_daemons_that_left_their_session_end_with_the_namespace(netns: Callable[[], Namespace]) -> None:

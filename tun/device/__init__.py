@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 
 from tun.device.base import Device
@@ -29,7 +30,7 @@ def open_device(
         return open_tun(name, offload=offload, mtu=mtu, multi_queue=multi_queue)
     raise DeviceError(
         f"there is no device for packets on {platform}; Linux has one",
-        errno=95,
+        errno=errno.ENOTSUP,
         remedy="run on Linux (on Windows: inside WSL2)",
     )
 

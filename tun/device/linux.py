@@ -354,20 +354,23 @@ def _owner(name: str) -> str:
 
     The tun driver names the interface in /proc/PID/fdinfo. The same name may exist in other network namespaces.
     """
-    here = _namespace("self")
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            if _namespace(pid) != here:
-                continue
-            for fd in os.listdir(f"/proc/{pid}/fd"):
-                if os.readlink(f"/proc/{pid}/fd/{fd}") != CLONE_DEVICE:
-                    continue
-                with open(f"/proc/{pid}/fdinfo/{fd}", encoding="utf-8", errors="replace") as lines:
-                    if not any(line.split() == ["iff:", name] for line in lines):
-                        continue
-                with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as comm:
-                    return f"process {pid} ({comm.read().strip()})"
+    with contextlib.suppress(OSError):
+        here = _namespace("self")
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):  # ended meanwhile, or not ours to look at
+                if _namespace(pid) == here and _has_open(pid, name):
+                    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as comm:
+                        return f"process {pid} ({comm.read().strip()})"
     return ""
+
+
+def _has_open(pid: str, name: str) -> bool:
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        if os.readlink(f"/proc/{pid}/fd/{fd}") == CLONE_DEVICE:
+            with open(f"/proc/{pid}/fdinfo/{fd}", encoding="utf-8", errors="replace") as lines:
+                if any(line.split() == ["iff:", name] for line in lines):
+                    return True
+    return False
 
 
 def _namespace(pid: str) -> str:
