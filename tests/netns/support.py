@@ -28,6 +28,7 @@ itself was killed. Programs inside never see proxy settings or NGROK* variables 
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import ctypes
 import functools
@@ -350,9 +351,10 @@ class Running:
         return code
 
     def _gather(self, name: str, pipe: IO[str]) -> None:
-        for line in pipe:
+        decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        while data := os.read(pipe.fileno(), 65_536):  # prompts have no line end, so lines are not waited for
             with self._changed:
-                self._texts[name] += line
+                self._texts[name] += decoder.decode(data)
                 self._changed.notify_all()
         with self._changed:
             self._open -= 1

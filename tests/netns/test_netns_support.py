@@ -26,7 +26,7 @@ def bye(*_):
 
 signal.signal(signal.SIGTERM, bye)
 print("[ready]", os.getpid(), flush=True)
-print(input(), flush=True)
+print(input("name? "), flush=True)
 signal.pause()
 """
 
@@ -135,8 +135,9 @@ def test_a_started_program_is_watched_and_signalled(netns: Callable[[], Namespac
     program = ns.start([sys.executable, "-c", WELL_BEHAVED])
 
     assert int(program.expect(r"^\[ready\] (\d+)$")[1]) == program.pid
+    program.expect(r"name\? \Z")
     program.write("hello\n")
-    program.expect("^hello$")
+    program.expect("hello$")
     program.send_signal(signal.SIGTERM)
 
     assert program.wait(timeout=10) == 7
