@@ -192,8 +192,12 @@ class Namespace:
     def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call `function` in a thread that is inside, and return what it returns or raise what it raises.
 
-        Descriptors it makes keep the namespace and can be used outside. Fails when it takes longer than 60 s.
+        Descriptors it makes keep the namespace and can be used outside. Fails when it takes longer than 60 s. Not for
+        what uses threads itself, as an event loop does for looking up names and for files: Trio's worker threads serve
+        the whole process, and would carry work out of the namespace or, worse, into it later. Use `python` for that.
         """
+        if function is trio.run:
+            raise ValueError("an event loop uses threads that are outside: run it with `python` or `start`")
         outcome: list[T] = []
         failure: list[BaseException] = []
 
