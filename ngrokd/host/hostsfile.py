@@ -7,10 +7,12 @@ tell afterwards whether somebody was faster.
 The rename way, wherever it works. The new content is completed and flushed under a temporary name with the mode,
 owner and extended attributes (SELinux label) of the file, and then *exchanged* with it (renameat2 RENAME_EXCHANGE).
 Readers see the old file or the new one, never a part. Afterwards the file we displaced is in our hands: when it is not
-what we had read, a foreign edit slipped in between: we exchange back at once and begin again with it. A program that
-had the displaced file open for writing can still write to it: a lease on it (F_SETLEASE) is refused exactly as long as
-such a program exists, so we wait for it, look again, and merge what came late into what stands there now (a three-way
-merge by lines). Where the exchange is missing, a last look at the file precedes a plain rename.
+what we had read, a foreign edit slipped in between: we exchange back at once and begin again with it (against somebody
+who writes all the time we stop giving back, and add what they wrote to ours instead). A program that had the displaced
+file open for writing can still write to it: a lease on it (F_SETLEASE) is refused exactly as long as such a program
+exists, so we wait for it and look again. What came late is appended to the file that stands there now, just as its
+author did, or, where it is more than an append, merged into it by lines. Where the exchange is missing, a last look at
+the file precedes a plain rename.
 
 The in-place way, where a rename is refused: a file that is itself a mount point (Docker, Kubernetes; EBUSY), a
 read-only directory with a writable file in it (systemd's ReadWritePaths=/etc/hosts; EROFS), EXDEV, EPERM, EACCES. Only
@@ -52,6 +54,9 @@ LIMIT_BYTES: Final = 64 << 20  # 65,000 endpoints of ours are 3 MiB; the largest
 ATTEMPTS: Final = 30  # edits by others that may come between, one after the other, before we give up for now
 SETTLE_S: Final = 0.1  # how long late appends are waited for where the kernel cannot say whether one may come
 WRITER_S: Final = 1.0  # how long a program that still has the old file open for writing is waited for
+GIVE_BACKS: Final = 3  # after that we go forward: a program that writes every millisecond would keep us out for ever
+# Also the least that is waited: a program that has found the file by name but not yet opened it is not counted by the
+# kernel as a writer, and needs a moment on a processor to become one.
 _POLL_S: Final = 0.01
 
 # What a refused rename looks like; the file itself may still be writable. Measured on Linux: over a bind-mounted file
@@ -203,6 +208,8 @@ def first_difference(one: bytes, other: bytes) -> int:
 
 # --- one edit ---
 
+_Identity = tuple[int, int]
+
 
 @dataclass(frozen=True, slots=True)
 class _Snapshot:
@@ -258,6 +265,7 @@ class _Editing:
         self._ops = ops
         self._patches: list[_Patch] = []
         self._in_place = False
+        self._given_back = 0
         self._written = False
 
     def translated(self, verb: str) -> _Translated:
@@ -311,10 +319,7 @@ class _Editing:
         snapshot = self.read(dir_fd, name)
         try:
             old = snapshot.content if snapshot else b""
-            wanted = old
-            for patch in self._patches:
-                wanted = merge(patch.base, patch.theirs, wanted)
-            wanted = self._edit(wanted)
+            wanted = self._edit(self._merged(old))
             if wanted == old:
                 return True
             if snapshot is None:
@@ -334,20 +339,27 @@ class _Editing:
     def _rescue(self) -> None:
         """We are failing and still owe a foreign edit: write it where it belongs, as plainly as its author would."""
         ops = self._ops
-        with suppress(OSError, StateError):
-            dir_fd, name = self.open_directory()
-            try:
-                snapshot = self.read(dir_fd, name)
-                if snapshot is not None:
+        done = False
+        for _ in range(ATTEMPTS):
+            if done:
+                return
+            with suppress(OSError, StateError):
+                dir_fd, name = self.open_directory()
+                try:
+                    snapshot = self.read(dir_fd, name)
+                    if snapshot is None:
+                        return  # deleted: so is what we owe
                     try:
-                        wanted = snapshot.content
-                        for patch in self._patches:
-                            wanted = merge(patch.base, patch.theirs, wanted)
-                        self._rewrite(dir_fd, name, snapshot, wanted)
+                        done = self._rewrite(dir_fd, name, snapshot, self._merged(snapshot.content))
                     finally:
                         close_quietly(snapshot.fd, ops=ops)
-            finally:
-                close_quietly(dir_fd, ops=ops)
+                finally:
+                    close_quietly(dir_fd, ops=ops)
+
+    def _merged(self, text: bytes) -> bytes:
+        for patch in self._patches:
+            text = merge(patch.base, patch.theirs, text)
+        return text
 
     # the rename way
 
@@ -385,7 +397,7 @@ class _Editing:
                 ops.fsync(fd)
                 with suppress(OSError):  # so that nobody takes the displaced file for litter before we have read it
                     ops.flock(snapshot.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                outcome = self._publish(dir_fd, name, temp, snapshot, wanted)
+                outcome = self._publish(dir_fd, name, temp, ours, snapshot, wanted)
             finally:
                 # Whatever the temporary name now means, our text that was not needed or the displaced file that is
                 # held open, it has no use as a name any more; and a kill from here on leaves nothing behind.
@@ -395,7 +407,7 @@ class _Editing:
                 return False
             close_quietly(fd, ops=ops)  # or we would wait for ourselves to stop writing
             fd = -1
-            settled = self._settle(outcome)
+            settled = self._settle(dir_fd, name, outcome)
             if not outcome.published:
                 return False
             sync_directory(dir_fd, ops=ops)
@@ -410,7 +422,9 @@ class _Editing:
             if fd >= 0:
                 close_quietly(fd, ops=ops)
 
-    def _publish(self, dir_fd: int, name: str, temp: str, snapshot: _Snapshot, wanted: bytes) -> _Outcome | None:
+    def _publish(
+        self, dir_fd: int, name: str, temp: str, ours: _Identity, snapshot: _Snapshot, wanted: bytes
+    ) -> _Outcome | None:
         """Put our text in place of what was read. Returns: None when something else stands there now."""
         ops = self._ops
         try:
@@ -432,27 +446,43 @@ class _Editing:
             except OSError:
                 displaced = snapshot.status  # unknown; its content is compared all the same
             if _signature(displaced) != _signature(snapshot.status):
-                return self._give_back(dir_fd, name, temp, snapshot, wanted)
+                return self._give_back(dir_fd, name, temp, ours, snapshot, wanted)
         self._published()
         return _Outcome(True, snapshot.fd, snapshot.content)
 
-    def _give_back(self, dir_fd: int, name: str, temp: str, snapshot: _Snapshot, wanted: bytes) -> _Outcome | None:
+    def _give_back(
+        self, dir_fd: int, name: str, temp: str, ours: _Identity, snapshot: _Snapshot, wanted: bytes
+    ) -> _Outcome | None:
         """Somebody was faster, and we have displaced what they wrote: exchange again, theirs stands.
 
-        In the moment between, others may have edited our text in turn; what they made of it is looked at next.
+        In the moment between, ours may have been edited in turn; what was made of it is looked at next. It may also
+        have been replaced, and the replacement displaced by the file given back: it is the newer one, and is given back
+        in turn, until what comes out is what we had put in.
         """
         ops = self._ops
-        outcome: tuple[bool, bytes] = (False, wanted)
-        try:
-            ops.exchange(temp, name, dir_fd=dir_fd)
-        except OSError:  # then ours stands, and theirs is merged into it
+        published = self._given_back >= GIVE_BACKS
+        if not published:
+            self._given_back += 1
+            inside = ours
+            try:
+                for _ in range(ATTEMPTS):
+                    given = _identity(ops.stat(temp, dir_fd=dir_fd, follow_symlinks=False))
+                    ops.exchange(temp, name, dir_fd=dir_fd)
+                    taken = _identity(ops.stat(temp, dir_fd=dir_fd, follow_symlinks=False))
+                    if taken == inside:
+                        break
+                    inside = given
+                if taken != ours:
+                    return None  # replaced by its own author, as if we had never been there
+            except OSError:
+                published = True
+        if published:  # ours stands, and theirs is added to it
             self._published()
-            outcome = (True, snapshot.content)
         try:
             late = ops.open(temp, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=dir_fd)
         except OSError:
-            return None
-        return _Outcome(outcome[0], late, outcome[1])
+            return None  # what is there is no file, and so no edit of one
+        return _Outcome(published, late, snapshot.content if published else wanted)
 
     def _published(self) -> None:
         self._written = True
@@ -474,25 +504,42 @@ class _Editing:
                 ops.setxattr(fd, attribute, ops.getxattr(snapshot.fd, attribute))
         ops.fchmod(fd, stat.S_IMODE(wanted.st_mode))  # after the owner, since chown takes bits away
 
-    def _settle(self, outcome: _Outcome) -> bool:
-        """See what the displaced file holds when nobody can write to it any more. Returns: whether nothing is owed."""
-        fd, base = outcome.late, outcome.base
+    def _settle(self, dir_fd: int, name: str, outcome: _Outcome) -> bool:
+        """See what the nameless file holds when nobody can write to it any more. Returns: that it was nothing new."""
         ops = self._ops
         waited = 0.0
         while True:
-            verdict = _writers(fd, ops)
-            if verdict is False or waited >= (WRITER_S if verdict else SETTLE_S):
-                break
             ops.sleep(_POLL_S)
             waited += _POLL_S
+            verdict = _writers(outcome.late, ops)
+            if verdict is False or waited >= (WRITER_S if verdict else SETTLE_S):
+                break
         try:
-            theirs = read_descriptor(fd, self._limit, what="it", ops=ops)
+            theirs = read_descriptor(outcome.late, self._limit, what="it", ops=ops)
         except OSError:
             return True  # the disk lost it; there is nothing to merge
-        if theirs == base:
+        if theirs == outcome.base:
             return True
-        self._patches.append(_Patch(base, theirs))
+        if not self._append(dir_fd, name, outcome.base, theirs):
+            self._patches.append(_Patch(outcome.base, theirs))
         return False
+
+    def _append(self, dir_fd: int, name: str, base: bytes, theirs: bytes) -> bool:
+        """Do a foreign append again. Returns: whether it was one, and has been done."""
+        ops = self._ops
+        if not theirs.startswith(base) or (base and not base.endswith(b"\n")):
+            return False
+        try:
+            fd = ops.open(name, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=dir_fd)
+        except OSError:
+            return False
+        try:
+            # In one call, which the kernel keeps apart from those of other appenders.
+            return ops.write(fd, theirs[len(base) :]) == len(theirs) - len(base)
+        except OSError:
+            return False
+        finally:
+            close_quietly(fd, ops=ops)
 
     # the in-place way
 
@@ -570,7 +617,7 @@ def _resolve(path: str, ops: Ops) -> str:
     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
 
 
-def _identity(status: os.stat_result) -> tuple[int, int]:
+def _identity(status: os.stat_result) -> _Identity:
     return status.st_dev, status.st_ino
 
 

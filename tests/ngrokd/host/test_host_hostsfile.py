@@ -115,7 +115,8 @@ def test_a_file_that_already_says_so_is_not_written(hosts: Path, way: type[Ops])
     before = hosts.stat()
 
     assert not edit_hosts(hosts, section(b"api.prod"), ops=way())
-    assert hosts.stat() == before
+    after = hosts.stat()
+    assert (after.st_ino, after.st_ctime_ns) == (before.st_ino, before.st_ctime_ns)
 
 
 def test_mode_owner_and_attributes_are_kept(hosts: Path) -> None:
@@ -534,33 +535,33 @@ def test_an_editor_that_never_stops_is_named_as_the_reason(hosts: Path) -> None:
 def test_no_line_of_a_real_writer_is_lost(hosts: Path, foreign: Callable[[Path, bytes], None]) -> None:
     """Two real writers side by side: a plain read and rename loses about half of the lines.
 
-    Of an editor that renames we can lose none of the lines it wrote; a line that the editor itself drops, because it
-    had read the file before another line came, is its own affair, so it edits one line only.
+    The editor that renames edits one line of its own; lines that such editors take from each other are their affair.
     """
-    stop = threading.Event()
     written: list[bytes] = []
+    pace = threading.Event()
 
     def write() -> None:
-        while not stop.wait(0.0003):
-            line = b"10.1.0.1 line-%d\n" % len(written)
+        for number in range(200):
+            line = b"10.1.0.1 line-%d\n" % number
             written.append(line)
             foreign(hosts, line if foreign is appended else FOREIGN + line)
+            pace.wait(0.001)
 
     thread = threading.Thread(target=write)
     thread.start()
-    try:
-        for number in range(100):
-            with suppress(HostsFileError):  # "again and again": as it may say on a slow disk
-                edit_hosts(hosts, section(b"round-%d" % number))
-    finally:
-        stop.set()
-        thread.join()
+    rounds = 0
+    while thread.is_alive():
+        rounds += 1
+        with suppress(HostsFileError):  # "again and again", as it may say on a slow disk
+            edit_hosts(hosts, section(b"round-%d" % rounds))
+    thread.join()
     edit_hosts(hosts, section())
 
-    expected = written if foreign is appended else written[-1:]
     lines = hosts.read_bytes().splitlines(keepends=True)
-    assert sorted(lines) == sorted([*FOREIGN.splitlines(keepends=True), *expected])
-    assert len(written) > 20
+    if foreign is appended:
+        assert sorted(lines) == sorted([*FOREIGN.splitlines(keepends=True), *written])
+    else:
+        assert {*FOREIGN.splitlines(keepends=True), written[-1]} <= set(lines)
 
 
 # --- the pure parts ---
