@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import hashlib
 import ipaddress
 import ssl
@@ -10,19 +10,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
+import trio
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 
 HOST = "ingress.example"
-DAY = datetime.timedelta(days=1)
+DAY = dt.timedelta(days=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ class Authority:
     ) -> Issued:
         """Make a certificate valid from days[0] to days[1], counted from now; `by` None signs itself."""
         key = key or ec.generate_private_key(ec.SECP256R1())
-        now = datetime.datetime.now(datetime.timezone.utc)
+        now = dt.datetime.now(dt.UTC)
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         builder = (
             x509.CertificateBuilder()
@@ -137,3 +138,194 @@ class Authority:
 @pytest.fixture(scope="session")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     return Authority(tmp_path_factory.mktemp("authority"))
+
+
+class FakeFlow:
+    """An app's connection as the relay sees it, with both windows bounded, and the app at the other end of it.
+
+    The methods named `app_*` are the app: it writes (and is held back by what the sink does not take), ends, resets,
+    reads when it likes.
+    """
+
+    def __init__(self, *, receive_buffer: int = 64 * 1024, send_buffer: int = 64 * 1024) -> None:
+        self.failure = ""
+        self.ending = ""  # "", "closed" or "aborted"
+        self._sink: Callable[[Sequence[memoryview]], int] | None = None
+        self._refused = False
+        self._from_app = bytearray()
+        self._receive_buffer = receive_buffer
+        self._app_eof = False
+        self._to_app: list[memoryview] = []
+        self._copies: list[bytes] = []  # of what was given when it was given: it must not change while we hold it
+        self._send_buffer = send_buffer
+        self._waiting_for_app = 0  # bytes sent and not read by the app
+        self._our_eof = False
+        self._changed = trio.Event()
+        self.app_received = bytearray()
+        self.eof_order: list[str] = []
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    def _check(self) -> None:
+        if self.failure:
+            raise trio.BrokenResourceError(f"the flow is over: {self.failure}")
+        assert self.ending == "", "used after its end"
+
+    # the relay's side
+
+    def attach(self, sink: Callable[[Sequence[memoryview]], int] | None) -> None:
+        self._sink = sink
+        self._refused = False
+        if sink is not None:
+            self.offer()
+
+    def offer(self) -> None:
+        self._refused = False
+        if self._sink is not None and not self.failure and self._from_app:
+            data = bytes(self._from_app)
+            middle = len(data) // 2
+            views = [memoryview(data)[:middle], memoryview(data)[middle:]]
+            taken = self._sink([view for view in views if view])
+            assert 0 <= taken <= len(data)
+            del self._from_app[:taken]
+            self._refused = taken < len(data)
+        self._notify()
+
+    async def wait_refused_or_eof(self) -> bool:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while True:
+            self._check()
+            if self._refused:
+                return False
+            if self._app_eof and not self._from_app:
+                return True
+            await self._changed.wait()
+
+    def send_nowait(self, data: memoryview, /) -> int:
+        self._check()
+        assert not self._our_eof, "bytes behind our FIN"
+        taken = min(len(data), self._send_buffer - self._waiting_for_app)
+        if taken:
+            self._to_app.append(data[:taken])
+            self._copies.append(bytes(data[:taken]))
+            self._waiting_for_app += taken
+            self._notify()
+        return taken
+
+    async def wait_send_space(self) -> None:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self._check()
+        while self._waiting_for_app >= self._send_buffer:
+            await self._changed.wait()
+            self._check()
+
+    async def send_eof(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self._check()
+        self._our_eof = True
+        self.eof_order.append("to app")
+        self._notify()
+
+    async def wait_delivered(self) -> None:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while not self.failure and self._waiting_for_app:
+            await self._changed.wait()
+
+    def abort(self) -> None:
+        if not self.failure and not self.ending:
+            self.ending = "aborted"
+            self.failure = "aborted"
+            self._to_app.clear()
+            self._notify()
+
+    async def aclose(self) -> None:
+        if not self.ending and not self.failure:
+            self.ending = "closed"
+            self._notify()
+        await trio.lowlevel.checkpoint()
+
+    # the app's side
+
+    async def app_send(self, data: bytes) -> None:
+        """Write everything, as far and as fast as the window allows."""
+        await trio.lowlevel.checkpoint()
+        while data:
+            if self.failure:
+                raise ConnectionResetError(self.failure)
+            room = self._receive_buffer - len(self._from_app)
+            if room:
+                self._from_app += data[:room]
+                data = data[room:]
+                if not self._refused:  # as in a packet batch
+                    self.offer()
+                self._notify()
+            else:
+                await self._changed.wait()
+
+    async def app_send_eof(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self._app_eof = True
+        self.eof_order.append("from app")
+        self._notify()
+
+    def app_reset(self) -> None:
+        self.failure = "reset"
+        self._notify()
+
+    def app_read_nowait(self) -> bytes:
+        """Acknowledge and read all that waits."""
+        data = b"".join(self._to_app)
+        assert data == b"".join(self._copies), "a view changed after it was given to the flow"
+        self._to_app.clear()
+        self._copies.clear()
+        self._waiting_for_app = 0
+        self.app_received += data
+        self._notify()
+        return data
+
+    async def app_read(self) -> bytes:
+        """Read: b"" at FIN. Raises ConnectionResetError."""
+        await trio.lowlevel.checkpoint()
+        while True:
+            if self._to_app:
+                return self.app_read_nowait()
+            if self.failure:
+                raise ConnectionResetError(self.failure)
+            if self._our_eof:
+                return b""
+            await self._changed.wait()
+
+    async def app_read_all(self) -> bytes:
+        """Read until FIN."""
+        while await self.app_read():
+            pass
+        return bytes(self.app_received)
+
+
+class FakeRequest:
+    """A SYN that remembers its one decision."""
+
+    def __init__(self, destination: tuple[str, int] = ("10.107.0.2", 80), flow: FakeFlow | None = None) -> None:
+        self.source = ("10.107.0.1", 40000)
+        self.destination = destination
+        self.flow = flow or FakeFlow()
+        self.decisions: list[str] = []
+
+    def accept(self) -> FakeFlow:
+        self.decisions.append("accepted")
+        return self.flow
+
+    def refuse(self) -> None:
+        self.decisions.append("refused")
+
+
+@pytest.fixture
+def make_flow() -> type[FakeFlow]:
+    return FakeFlow
+
+
+@pytest.fixture
+def make_request() -> type[FakeRequest]:
+    return FakeRequest

@@ -48,8 +48,9 @@ async def test_it_is_a_half_closeable_stream_as_trio_defines_it(
 
     async def clogged() -> tuple[TlsTrioStream, TlsTrioStream]:
         one, two = await make_pair(capacity=4096)
-        while one.send_nowait([bytes(65536)]):
-            pass
+        for stream in (one, two):
+            while stream.send_nowait([bytes(65536)]):
+                pass
         return TlsTrioStream(one), TlsTrioStream(two)
 
     await trio.testing.check_half_closeable_stream(make, clogged)

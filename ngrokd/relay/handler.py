@@ -1,0 +1,212 @@
+"""What happens to a request: look up, dial, and only then accept; otherwise refuse.
+
+The app's SYN is answered when the ingress has agreed to the endpoint, so that "connection refused" means what it says.
+A request is decided exactly once; whatever goes wrong, and however this is left, an undecided one is refused.
+
+This is the error boundary of a flow. What can be expected to fail (the ingress, the network, the app) ends the flow,
+is counted and reported, and nothing else notices. Anything else is a bug: it ends the flow as well, is reported with
+its traceback, and in `strict` mode, for tests, it is raised.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Protocol
+
+import trio
+
+from ngrokd.errors import RelayError
+from ngrokd.relay.splice import Flow, splice
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ngrokd.endpoints import Endpoint
+    from ngrokd.relay.ingress import Ingress, OpenedStream
+
+# Kinds of FlowEvent.
+REFUSED: Final = "refused"  # before it was accepted: the app saw "connection refused"
+CUT: Final = "cut"  # by the ingress, after it was accepted: the app saw "connection reset"
+APP_GONE: Final = "app_gone"  # the app reset it, or vanished
+NOTICE: Final = "notice"  # the ingress has something to tell the user
+BUG: Final = "bug"
+
+
+class Request(Protocol):
+    """An app's SYN, undecided."""
+
+    @property
+    def source(self) -> tuple[str, int]:
+        """The app's address and port."""
+        ...
+
+    @property
+    def destination(self) -> tuple[str, int]:
+        """The address and port it wants."""
+        ...
+
+    def accept(self) -> Flow:
+        """Answer SYN-ACK."""
+        ...
+
+    def refuse(self) -> None:
+        """Answer RST; nothing happens when it was decided or cancelled before."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FlowEvent:
+    """Something happened to a flow that a person may want to know.
+
+    Attributes:
+        kind: REFUSED, CUT, APP_GONE, NOTICE or BUG.
+        host, port: the endpoint's; the destination's address where there is no endpoint.
+        source: the app's address and port.
+        reason: a stable word, for counters and `status`.
+        message: one printable line.
+        remedy: what to do next, or "".
+        dial_s: seconds that passed until the ingress had agreed, or until it was given up.
+        traceback: of a bug.
+    """
+
+    kind: str
+    host: str
+    port: int
+    source: tuple[str, int]
+    reason: str
+    message: str
+    remedy: str = ""
+    dial_s: float = 0.0
+    traceback: str = ""
+
+
+class Handler:
+    """Serves requests, one call each."""
+
+    def __init__(
+        self,
+        lookup: Callable[[tuple[str, int]], Endpoint | None],
+        ingress: Ingress,
+        *,
+        on_event: Callable[[FlowEvent], object] | None = None,
+        strict: bool = False,
+    ) -> None:
+        """Make a handler.
+
+        Args:
+            lookup: finds the endpoint that an address and port stand for.
+            ingress: opens the streams.
+            on_event: told what happened; must neither wait nor raise.
+            strict: raise bugs, after they have been reported.
+        """
+        self._lookup = lookup
+        self._ingress = ingress
+        self._on_event = on_event
+        self._strict = strict
+        self._counts: Counter[str] = Counter()
+        self._reasons: Counter[str] = Counter()
+        self._dial_s = 0.0
+        self.active = 0  # accepted flows that have not ended
+
+    def counters(self) -> dict[str, int]:
+        """Return what happened so far, by name; `reason.*` counts refusals and cuts by their reason.
+
+        requests = refused + cancelled + accepted + those being dialled;
+        accepted = active + completed + cut + app_gone + ended (by us: shutdown, removed endpoint, bugs).
+        """
+        counts = {name: self._counts[name] for name in _COUNTERS}
+        counts["active"] = self.active
+        counts["dialing"] = self._ingress.dialing
+        counts["waiting"] = self._ingress.waiting
+        counts["dial_ms"] = round(self._dial_s * 1000)
+        counts |= {f"reason.{reason}": count for reason, count in self._reasons.items()}
+        return counts
+
+    async def serve(self, request: Request) -> None:
+        """Decide `request` and carry its flow to the end. Cancelled, it is refused, or its flow is reset."""
+        self._counts["requests"] += 1
+        serving = _Serving(request, trio.current_time())
+        try:
+            await self._serve(serving)
+        except trio.Cancelled:
+            self._counts["cancelled" if serving.flow is None else "ended"] += 1
+            raise
+        except trio.BrokenResourceError as error:
+            self._count_failure(serving, APP_GONE, "app_gone", str(error))
+        except RelayError as error:
+            self._count_failure(serving, CUT, error.reason, str(error), error.remedy)
+        except (OSError, trio.TooSlowError) as error:
+            self._count_failure(serving, CUT, "system", str(error) or type(error).__name__)
+        except Exception as error:  # the boundary: one flow's bug must not end the others
+            self._counts["bugs"] += 1
+            self._counts["refused" if serving.flow is None else "ended"] += 1
+            self._report(serving, BUG, "bug", f"{type(error).__name__}: {error}", trace=traceback.format_exc())
+            if self._strict:
+                raise
+        finally:
+            if serving.flow is None:
+                request.refuse()
+            else:
+                self.active -= 1
+
+    async def _serve(self, serving: _Serving) -> None:
+        request = serving.request
+        endpoint = serving.endpoint = self._lookup(request.destination)
+        if endpoint is None:
+            self._count_failure(serving, REFUSED, "no_endpoint", "no endpoint has this address and port")
+            return
+        opened = await self._ingress.open(endpoint.host, endpoint.port)
+        serving.dial_s = opened.dial_s
+        self._dial_s += opened.dial_s
+        serving.flow = flow = self._accept(request, opened)
+        for notice in opened.notices:
+            self._report(serving, NOTICE, "notice", notice)
+        await splice(flow, opened.stream)
+        self._counts["completed"] += 1
+
+    def _accept(self, request: Request, opened: OpenedStream) -> Flow:
+        try:
+            flow = request.accept()
+        except BaseException:
+            opened.stream.abort()
+            raise
+        self._counts["accepted"] += 1
+        self.active += 1
+        return flow
+
+    def _count_failure(self, serving: _Serving, kind: str, reason: str, message: str, remedy: str = "") -> None:
+        if serving.flow is None:
+            kind = REFUSED
+        self._counts[kind] += 1
+        self._reasons[reason] += 1
+        self._report(serving, kind, reason, message, remedy)
+
+    def _report(
+        self, serving: _Serving, kind: str, reason: str, message: str, remedy: str = "", trace: str = ""
+    ) -> None:
+        endpoint = serving.endpoint
+        host, port = serving.request.destination if endpoint is None else (endpoint.host, endpoint.port)
+        dial_s = trio.current_time() - serving.begun if serving.flow is None else serving.dial_s
+        if self._on_event is not None:
+            self._on_event(FlowEvent(kind, host, port, serving.request.source, reason, message, remedy, dial_s, trace))
+
+
+_COUNTERS: Final = ("requests", "accepted", "completed", "refused", "cancelled", "cut", "app_gone", "ended", "bugs")
+
+
+class _Serving:
+    """One request on its way."""
+
+    __slots__ = ("begun", "dial_s", "endpoint", "flow", "request")
+
+    def __init__(self, request: Request, begun: float) -> None:
+        self.request = request
+        self.begun = begun
+        self.endpoint: Endpoint | None = None
+        self.flow: Flow | None = None
+        self.dial_s = 0.0
+
+
+__all__ = ["APP_GONE", "BUG", "CUT", "NOTICE", "REFUSED", "FlowEvent", "Handler", "Request"]
