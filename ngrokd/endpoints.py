@@ -131,8 +131,8 @@ def printable(text: str, limit: int = 200) -> str:
     """Make foreign text safe for a log line and a terminal.
 
     Control characters, line separators, bidirectional and zero-width characters, private and lone surrogate code
-    points become backslash escapes, and so does the backslash, so that the result is unambiguous. What is too long
-    ends in "...".
+    points become backslash escapes; what is too long ends in "...". Text that is printable already comes back as it
+    is, so doing it twice (a reason that quotes a reason) does no harm; the price is that a backslash may be either.
 
     Args:
         text: anything.
@@ -140,7 +140,7 @@ def printable(text: str, limit: int = 200) -> str:
     """
     # Each character yields at least one, so nothing beyond the limit can be shown: a 64 MiB text costs no more.
     head = text[: limit + 1]
-    if not head.isprintable() or "\\" in head:
+    if not head.isprintable():
         head = "".join(map(_escape, head))
     if len(head) <= limit and len(text) <= limit:
         return head
@@ -283,9 +283,7 @@ _DENIED_SUFFIXES: Final = (".localhost", ".local", ".arpa")
 
 
 def _escape(char: str) -> str:
-    if char.isprintable() and char != "\\":
-        return char
-    return char.encode("unicode_escape").decode("ascii")
+    return char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
 
 
 def _quote(text: str, limit: int = 120) -> str:

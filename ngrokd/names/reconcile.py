@@ -16,6 +16,7 @@ The same listing gives the same plan in any order, and a plan made twice changes
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,8 @@ from ngrokd.names.hosts import DEFAULT_INSTANCE, Survey
 
 CONFIRM_FROM: Final = 3
 """From this many endpoints on, an empty listing must be seen twice before anything is removed."""
+
+_INGRESS: Final = re.compile(r"[A-Za-z0-9._:\[\]-]{1,270}")
 
 SHADOWS_PUBLIC: Final = "shadows-public"
 """Flag of a host name that resolves publicly as well: this machine now reaches ngrok under it."""
@@ -272,9 +275,10 @@ def rows(desired: Desired) -> list[dict[str, object]]:
 # The last known state, for a start while the API is down
 
 
-def dump_endpoints(desired: Desired, now: float) -> bytes:
-    """`endpoints.json`: the endpoints served, as objects that `plan` takes for a listing. Sorted; equal states differ
-    only in `saved_at` (wall clock, whole seconds since 1970)."""
+def dump_endpoints(desired: Desired, now: float, ingress_endpoint: str = "") -> bytes:
+    """`endpoints.json`: the endpoints served, as objects that `plan` takes for a listing, and where the ingress is.
+
+    Sorted; equal states differ only in `saved_at` (wall clock, whole seconds since 1970)."""
     members = [endpoint for service in desired.services for endpoint in (service.endpoint, *service.others)]
     listing = [
         {
@@ -286,7 +290,7 @@ def dump_endpoints(desired: Desired, now: float) -> bytes:
         }
         for endpoint in members
     ]
-    head = json.dumps({"version": 1, "saved_at": int(now)})[:-1]
+    head = json.dumps({"version": 1, "saved_at": int(now), "ingress_endpoint": ingress_endpoint})[:-1]
     lines = ",\n".join(map(json.dumps, listing))
     return f'{head}, "endpoints": [\n{lines}\n]}}\n'.encode("ascii")
 
@@ -298,11 +302,13 @@ class LastKnown:
     Attributes:
         listing: raw objects, to be judged by `plan` like any listing.
         saved_at: wall clock, seconds since 1970; 0 when unknown.
+        ingress_endpoint: HOST:PORT as the API had named it, "" when unknown.
         problem: why nothing could be read, printable, or "".
     """
 
     listing: tuple[object, ...] = ()
     saved_at: float = 0.0
+    ingress_endpoint: str = ""
     problem: str = ""
 
 
@@ -319,7 +325,10 @@ def load_endpoints(data: bytes | None) -> LastKnown:
         return LastKnown(problem="endpoints.json holds no list of endpoints; it is started anew")
     saved_at = value.get("saved_at")
     known = isinstance(saved_at, int) and not isinstance(saved_at, bool) and 0 < saved_at < 253_402_300_800
-    return LastKnown(tuple(listing), float(saved_at) if known else 0.0)
+    ingress = value.get("ingress_endpoint")
+    # What is dialled is verified, so a damaged name does no harm; but it is shown, and must not be a terminal's ruin.
+    found = ingress if isinstance(ingress, str) and _INGRESS.fullmatch(ingress) is not None else ""
+    return LastKnown(tuple(listing), float(saved_at) if known else 0.0, found)
 
 
 # Helpers, in the order of `plan`

@@ -183,6 +183,7 @@ def test_printable_text_is_printable_and_short(text: str, limit: int) -> None:
 
     assert shown.isprintable()
     assert len(shown) <= limit
+    assert printable(shown, limit) == shown
 
 
 @pytest.mark.parametrize(
@@ -192,7 +193,7 @@ def test_printable_text_is_printable_and_short(text: str, limit: int) -> None:
         ("a\r\nb", "a\\r\\nb"),
         ("\x1b[2J", "\\x1b[2J"),
         ("\u202eabc\u2028", "\\u202eabc\\u2028"),
-        ("a\\nb", "a\\\\nb"),
+        ("a\\nb", "a\\nb"),
         ("\x9b31m\x00", "\\x9b31m\\x00"),
         ("\ud800", "\\ud800"),
         ("x" * 200, "x" * 200),
