@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from types import MappingProxyType
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
 from ngrokd.endpoints import Endpoint
 
@@ -40,13 +40,19 @@ class Directory:
                 self._at[key] = (*several, endpoint)
             self._count += 1
 
-    def lookup(self, address: str | bytes, port: int) -> Endpoint | None:
+    @classmethod
+    def empty(cls) -> Directory:
+        """Nothing is served."""
+        return cls()
+
+    def lookup(self, destination: tuple[str | bytes, int]) -> Endpoint | None:
         """The endpoint served there.
 
         Args:
-            address: textual, as connection requests carry it, or packed (4 or 16 bytes).
-            port: the destination port.
+            destination: address and port. The address is textual, as connection requests carry it, or packed (4 or 16
+                bytes).
         """
+        address, port = destination
         found = self._at.get(address if isinstance(address, bytes) else ip_address(address).packed)
         if found is None:
             return None
@@ -86,7 +92,3 @@ class Directory:
 
     def __repr__(self) -> str:
         return f"<Directory of {self._count} endpoints at {len(self._at)} addresses>"
-
-
-EMPTY: Final = Directory()
-"""Nothing is served."""

@@ -9,7 +9,7 @@ from ipaddress import IPv4Address, IPv6Address
 import pytest
 
 from ngrokd.endpoints import Endpoint
-from ngrokd.names.directory import EMPTY, Directory
+from ngrokd.names.directory import Directory
 
 
 def endpoint(host: str, port: int) -> Endpoint:
@@ -23,12 +23,12 @@ HTTP, SQL, OTHER = endpoint("a.prod", 80), endpoint("a.prod", 5432), endpoint("b
 def test_an_endpoint_is_found_by_address_and_port() -> None:
     directory = Directory([(A, HTTP), (A, SQL), (B, OTHER)])
 
-    assert directory.lookup("10.107.0.2", 80) is HTTP
-    assert directory.lookup("10.107.0.2", 5432) is SQL
-    assert directory.lookup(b"\x0a\x6b\x00\x03", 80) is OTHER
-    assert directory.lookup("10.107.0.2", 81) is None
-    assert directory.lookup("10.107.0.3", 5432) is None
-    assert directory.lookup("10.107.0.9", 80) is None
+    assert directory.lookup(("10.107.0.2", 80)) is HTTP
+    assert directory.lookup(("10.107.0.2", 5432)) is SQL
+    assert directory.lookup((b"\x0a\x6b\x00\x03", 80)) is OTHER
+    assert directory.lookup(("10.107.0.2", 81)) is None
+    assert directory.lookup(("10.107.0.3", 5432)) is None
+    assert directory.lookup(("10.107.0.9", 80)) is None
     assert len(directory) == 3
     assert list(directory) == [(A, HTTP), (A, SQL), (B, OTHER)]
 
@@ -47,16 +47,18 @@ def test_equal_port_sets_are_one_object() -> None:
 
 
 def test_nobody_answers_in_an_empty_directory() -> None:
-    assert EMPTY.lookup("10.107.0.2", 80) is None
-    assert EMPTY.served() == {}
-    assert not list(EMPTY)
+    directory = Directory.empty()
+
+    assert directory.lookup(("10.107.0.2", 80)) is None
+    assert directory.served() == {}
+    assert not list(directory)
 
 
 def test_addresses_of_both_families_fit() -> None:
     address = IPv6Address("fd00:107::2")
     directory = Directory([(address, HTTP)])
 
-    assert directory.lookup("fd00:107::2", 80) is HTTP
+    assert directory.lookup(("fd00:107::2", 80)) is HTTP
     assert directory.served() == {address.packed: frozenset({80})}
 
 
@@ -70,7 +72,7 @@ def test_snapshots_are_compared_by_content_and_travel() -> None:
     directory = Directory([(A, HTTP), (A, SQL), (B, OTHER)])
 
     assert pickle.loads(pickle.dumps(directory)) == directory
-    assert directory != EMPTY
+    assert directory != Directory.empty()
     assert directory != "something else"
     assert repr(directory) == "<Directory of 3 endpoints at 2 addresses>"
 

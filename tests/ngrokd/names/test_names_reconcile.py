@@ -61,7 +61,7 @@ def test_endpoints_become_services_with_addresses() -> None:
         ("10.107.0.2", "a.prod"),
         ("10.107.0.3", "b.prod"),
     ]
-    found = made.desired.directory.lookup("10.107.0.2", 5432)
+    found = made.desired.directory.lookup(("10.107.0.2", 5432))
     assert found is made.desired.services[1].endpoint
     assert made
     assert made.summary() == "3 added (https://a.prod, tcp://a.prod:5432, http://b.prod)"
@@ -155,8 +155,8 @@ def test_removing_one_port_of_a_name_leaves_the_others() -> None:
 
     assert urls(one.removed) == ["http://a.prod"]
     assert one.desired.hosts_entries() == both.desired.hosts_entries()
-    assert one.desired.directory.lookup("10.107.0.2", 5432) is not None
-    assert one.desired.directory.lookup("10.107.0.2", 80) is None
+    assert one.desired.directory.lookup(("10.107.0.2", 5432)) is not None
+    assert one.desired.directory.lookup(("10.107.0.2", 80)) is None
 
 
 def test_of_two_schemes_at_one_door_the_same_one_wins_and_the_other_is_reported() -> None:
@@ -393,10 +393,10 @@ def test_the_last_known_endpoints_give_the_same_state() -> None:
     ]
     made = make(*listing, pool=pool)
 
-    last = load_endpoints(dump_endpoints(made.desired, 1795132800.9))
+    last = load_endpoints(dump_endpoints(made.desired, 1795132800.9, "ingress.example:443"))
     again = make(*last.listing, pool=AddressPool.load("10.107.0.0/16", pool.dump_json(), pool.dump_state_json()))
 
-    assert (last.saved_at, last.problem) == (1795132800.0, "")
+    assert (last.saved_at, last.ingress_endpoint, last.problem) == (1795132800.0, "ingress.example:443", "")
     assert [(s.endpoint.id, s.endpoint.url, s.address, s.pool_size) for s in again.desired.services] == [
         (s.endpoint.id, s.endpoint.url, s.address, s.pool_size) for s in made.desired.services
     ]
@@ -439,6 +439,12 @@ def test_a_time_that_is_none_is_unknown(saved_at: str) -> None:
     last = load_endpoints(f'{{"saved_at": {saved_at}, "endpoints": [7]}}'.encode())
 
     assert (last.saved_at, last.listing) == (0.0, (7,))
+
+
+@pytest.mark.parametrize("ingress", ['""', "7", "null", '"a b:443"', '"x\\u001b[2J:443"', '"x\\n:443"'])
+def test_an_ingress_that_is_none_is_unknown(ingress: str) -> None:
+    """It is dialled and shown, so what could spoil a terminal is forgotten; the API will say it again."""
+    assert load_endpoints(f'{{"ingress_endpoint": {ingress}, "endpoints": []}}'.encode()).ingress_endpoint == ""
 
 
 @given(st.binary(max_size=100))
