@@ -273,13 +273,19 @@ async def test_later_packets_overtake(autojump_clock: trio.testing.MockClock) ->
 async def test_large_segments_can_be_cut_so_that_pieces_get_lost() -> None:
     """Losing 64 KiB at a time would test little but timeouts."""
     one, other = memory_pair()
-    faulty = FaultyDevice(one, Random(1), writing=Faults(loss=0.5), split=True)
+    faults = Faults(loss=0.5)
+    faulty = FaultyDevice(one, Random(1), reading=faults, writing=faults, split=True)
 
     faulty.write(segment_header(14_600), (bytes(14_600),), 1460)
-
     lost = faulty.faults["lost"]
     assert 0 < lost < 10
     assert [len(payload) for payload in payloads(drain(other))] == [1460] * (10 - lost)
+
+    other.write(segment_header(14_600), (bytes(14_600),), 1460)
+    arrived = payloads(drain(faulty))
+    lost = faulty.faults["lost"] - lost
+    assert 0 < lost < 10
+    assert [len(payload) for payload in arrived] == [1460] * (10 - lost)
 
 
 async def test_a_full_device_behind_loses_nothing() -> None:

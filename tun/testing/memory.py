@@ -239,7 +239,7 @@ class FaultyDevice:
         chance: the dice; the same dice and the same packets make the same faults.
         reading: what happens to packets on their way to the stack.
         writing: what happens to packets on their way from it.
-        split: cut offloaded segments that the stack writes into pieces first, so that pieces get lost and not 64 KiB.
+        split: cut offloaded segments of both directions into pieces first, so that pieces get lost and not 64 KiB.
         now: the time, seconds.
 
     Attributes:
@@ -344,8 +344,14 @@ class FaultyDevice:
     def _move(self) -> None:
         """Take in what the device behind has, and let go what is due."""
         inner = self.device
-        while (packet := inner.read()) is not None:
-            self._arrive(packet[inner.prefix :], inner.verified(packet))
+        while (read := inner.read()) is not None:
+            packet, verified = read[inner.prefix :], inner.verified(read)
+            # Whoever handed over more than the link carries at once, left the cutting to the card.
+            if self._split and verified and len(packet) > self.mtu:
+                for piece in split_segment(packet, self.mtu - _header_bytes(packet)):
+                    self._arrive(piece, True)
+            else:
+                self._arrive(packet, verified)
         while self._leaving and self._leaving[0][0] <= self._now():
             _, _, packet, header_bytes, gso_size = self._leaving[0]
             if header_bytes:
@@ -419,7 +425,7 @@ def split_segment(packet: bytes, gso_size: int) -> list[bytes]:
     FIN and PSH go with the last piece and CWR with the first; IPv4 identifications count up from the packet's own.
     """
     start = ip_header_length(packet)
-    header_bytes = start + (packet[start + 12] >> 4) * 4
+    header_bytes = _header_bytes(packet)
     sequence = int.from_bytes(packet[start + 4 : start + 8])
     identification = int.from_bytes(packet[4:6])
     flags = packet[start + 13]
@@ -476,6 +482,11 @@ def checksum_is_right(packet: bytes) -> bool:
     if protocol != TCP or start < 20 or len(packet) < start + 20:
         return False
     return fold(sum16(memoryview(packet)[start:]) + initial) == 0xFFFF
+
+
+def _header_bytes(packet: bytes) -> int:
+    start = ip_header_length(packet)
+    return start + (packet[start + 12] >> 4) * 4
 
 
 def _transport(packet: bytes) -> tuple[int, int, int]:
