@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from ngrokd.relay.ingress import Ingress, OpenedStream
 
 # Kinds of FlowEvent.
+OPENED: Final = "opened"  # accepted: the app is connected
+CLOSED: Final = "closed"  # an accepted flow is over, however it ended
 REFUSED: Final = "refused"  # before it was accepted: the app saw "connection refused"
 CUT: Final = "cut"  # by the ingress, after it was accepted: the app saw "connection reset"
 APP_GONE: Final = "app_gone"  # the app reset it, or vanished
@@ -61,7 +63,7 @@ class FlowEvent:
     """Something happened to a flow that a person may want to know.
 
     Attributes:
-        kind: REFUSED, CUT, APP_GONE, NOTICE or BUG.
+        kind: OPENED, CLOSED, REFUSED, CUT, APP_GONE, NOTICE or BUG.
         host, port: the endpoint's; the destination's address where there is no endpoint.
         source: the app's address and port.
         reason: a stable word, for counters and `status`.
@@ -150,6 +152,7 @@ class Handler:
                 request.refuse()
             else:
                 self.active -= 1
+                self._report(serving, CLOSED, "closed", "the connection is over")
 
     async def _serve(self, serving: _Serving) -> None:
         request = serving.request
@@ -161,6 +164,7 @@ class Handler:
         serving.dial_s = opened.dial_s
         self._dial_s += opened.dial_s
         serving.flow = flow = self._accept(request, opened)
+        self._report(serving, OPENED, "opened", "connected")
         for notice in opened.notices:
             self._report(serving, NOTICE, "notice", notice)
         await splice(flow, opened.stream)
@@ -209,4 +213,4 @@ class _Serving:
         self.dial_s = 0.0
 
 
-__all__ = ["APP_GONE", "BUG", "CUT", "NOTICE", "REFUSED", "FlowEvent", "Handler", "Request"]
+__all__ = ["APP_GONE", "BUG", "CLOSED", "CUT", "NOTICE", "OPENED", "REFUSED", "FlowEvent", "Handler", "Request"]

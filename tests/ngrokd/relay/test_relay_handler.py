@@ -91,6 +91,6 @@ async def test_bytes_go_there_and_back(world: World, make_request: Callable[...,
     assert request.decisions == ["accepted"]
     assert flow.ending == "closed"
     assert world.received == b"\x0a\x0bmy-api.prod\x10\x50"
-    assert world.events == []
+    assert [event.kind for event in world.events] == ["opened", "closed"]
     counters = world.handler.counters()
     assert (counters["accepted"], counters["completed"], counters["active"]) == (1, 1, 0)
