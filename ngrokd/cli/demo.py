@@ -187,7 +187,9 @@ class _Demo:
                 self._fail("the daemon", f"not ready within {READY_WITHIN_S:g} s", started, Exit.NO)
             if not line:
                 code = await trio.to_thread.run_sync(process.wait, abandon_on_cancel=True)
-                self._fail("the daemon", f"it ended with exit code {code}", started, code if code > 0 else Exit.NO)
+                said = next((text for text in self._last_log_lines() if text.startswith("error: ")), "")
+                detail = f"it ended with exit code {code}{said and ', '}{said}"
+                self._fail("the daemon", detail, started, code if code > 0 else Exit.NO)
             self._note("the daemon", started, line.removeprefix("[ready] "))
             yield process
         finally:
@@ -285,11 +287,14 @@ The daemon's log is {self._log}.  ^C ends it and undoes everything.
             self._say(f"          {clean(remedy)}")
         raise StepFailed(f"{title}: {detail}", code, remedy=remedy)
 
-    def _show_log(self) -> None:
+    def _last_log_lines(self) -> list[str]:
         try:
-            lines = self._log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+            return self._log.read_text(errors="replace").splitlines()[-LOG_LINES:]
         except OSError:
-            return  # the daemon has not been started
+            return []  # the daemon has not been started
+
+    def _show_log(self) -> None:
+        lines = self._last_log_lines()
         if lines:
             self._say("          the last lines of the daemon's log:")
         for line in lines:
