@@ -33,10 +33,12 @@ if TYPE_CHECKING:
 
     from ngrokd.relay.transport import Transport
 
-BACKLOG_LIMIT: Final = 256 * 1024  # bytes of ciphertext; one more write of CHUNK may end above it
-CHUNK: Final = (
-    64 * 1024
-)  # plaintext per SSL_write and ciphertext per receive: four records, one TCP segment with offload
+BACKLOG_LIMIT: Final = 256 * 1024  # bytes of ciphertext; one more write may end above it
+# Bytes of ciphertext per receive: four records, and so one segment to an app whose device has offload.
+CHUNK: Final = 64 * 1024
+# OpenSSL's memory buffers grow by a third more than what is put in, and never shrink. So this much goes through them at
+# a time: plaintext before the ciphertext is taken, ciphertext before the plaintext is.
+FEED: Final = 32 * 1024
 RECORD: Final = 16 * 1024  # most plaintext in a record (RFC 8446 5.1)
 # Most ciphertext of an unfinished record that OpenSSL may hold from earlier calls: header, record, TLS 1.2's expansion.
 HELD: Final = 5 + RECORD + 2048
@@ -59,15 +61,16 @@ class TlsAlert(StreamTruncated):
 
 
 class TlsSession:
-    """OpenSSL between two memory buffers: bytes in, bytes out, no I/O. Raises ssl.SSLError as OpenSSL does.
+    """OpenSSL between two memory buffers: bytes in, bytes out, no I/O.
 
     Attributes:
         object: the SSLObject, for certificates, version and session.
         received_eof: close_notify has arrived; nothing more can be decrypted.
         sent_eof: close_notify has been made; nothing more can be encrypted.
+        failure: why nothing more can be decrypted although close_notify has not arrived, or None.
     """
 
-    __slots__ = ("_failure", "_incoming", "_outgoing", "object", "received_eof", "sent_eof")
+    __slots__ = ("_incoming", "_outgoing", "failure", "object", "received_eof", "sent_eof")
 
     def __init__(
         self,
@@ -82,12 +85,7 @@ class TlsSession:
         self.object = context.wrap_bio(self._incoming, self._outgoing, server_side, server_hostname, session)
         self.received_eof = False
         self.sent_eof = False
-        self._failure: ssl.SSLError | None = None
-
-    @property
-    def failed(self) -> bool:
-        """The next `decrypt` raises what the last one met behind its bytes."""
-        return self._failure is not None
+        self.failure: ssl.SSLError | None = None
 
     @property
     def pending_in(self) -> int:
@@ -100,7 +98,10 @@ class TlsSession:
         return self._outgoing.pending
 
     def handshake_step(self) -> bool:
-        """Go on with the handshake as far as the received bytes reach; True when it is complete on our side."""
+        """Go on with the handshake as far as the received bytes reach; True when it is complete on our side.
+
+        Raises: ssl.SSLError.
+        """
         try:
             self.object.do_handshake()
         except ssl.SSLWantReadError:
@@ -116,69 +117,80 @@ class TlsSession:
         return self._outgoing.read()
 
     def encrypt(self, plaintext: bytes | memoryview) -> None:
-        """Turn all of `plaintext` (not empty) into records to send."""
+        """Turn all of `plaintext` (not empty) into records to send. Raises ssl.SSLError."""
         written = self.object.write(plaintext)
         while written < len(plaintext):
             written += self.object.write(memoryview(plaintext)[written:])
 
-    def decrypt(self) -> memoryview:
-        """Decrypt all complete records, into memory that nobody writes to again; empty when there is none.
+    def decrypt(self, ciphertext: memoryview) -> memoryview:
+        """Decrypt all records that `ciphertext` completes, into memory that nobody writes to again.
 
-        Bytes before an end or an error are returned first: an error is raised by the next call.
+        Never raises: what went wrong is in `failure`, and what was decrypted before is returned. Afterwards nothing
+        waits to be decrypted.
+
+        Returns: the plaintext, empty when no record was completed, or at the end.
         """
-        if self._failure is not None:
-            raise self._failure
-        waiting = self._incoming.pending
-        if waiting <= SMALL:
+        incoming = self._incoming
+        size = len(ciphertext)
+        start = filled = 0
+        waiting = incoming.pending
+        data = b""
+        if size <= SMALL and not waiting:
+            incoming.write(ciphertext)
+            start = size
             data = self._read_record()
-            if not self._incoming.pending or not data:
+            waiting = incoming.pending
+            if not data or not waiting:
                 return memoryview(data)
-            # Several small records, or a held one completed by this: gather the rest behind the first.
-            waiting = self._incoming.pending
-            buffer = bytearray(len(data) + waiting + HELD)
-            buffer[: len(data)] = data
+            # Several small records, or the rest of a big one and more: gather the others behind the first.
             filled = len(data)
-        else:
-            buffer = bytearray(waiting + HELD)
-            filled = 0
-        return self._read_records(memoryview(buffer), filled)
+        view = memoryview(bytearray(filled + waiting + size - start + HELD))
+        view[:filled] = data
+        filled = self._read_records(view, filled)
+        while start < size and not self.received_eof and self.failure is None:
+            incoming.write(ciphertext[start : start + FEED])
+            start += FEED
+            filled = self._read_records(view, filled)
+        return view[:filled]
 
     def _read_record(self) -> bytes:
-        while True:
-            try:
-                data = self.object.read(RECORD)
-            except ssl.SSLWantReadError:
-                return b""
-            except ssl.SSLZeroReturnError:  # both directions have ended
-                data = b""
-            if not data:
-                self.received_eof = True
-            return data
+        try:
+            data = self.object.read(RECORD)
+        except ssl.SSLWantReadError:
+            return b""
+        except ssl.SSLZeroReturnError:  # both directions have ended
+            data = b""
+        except ssl.SSLError as error:
+            self.failure = error
+            return b""
+        if not data:
+            self.received_eof = True
+        return data
 
-    def _read_records(self, view: memoryview, filled: int) -> memoryview:
+    def _read_records(self, view: memoryview, filled: int) -> int:
         read = cast("Callable[[int, memoryview], int]", self.object.read)  # the stubs know the other form only
+        incoming = self._incoming
         room = len(view)
         try:
-            while True:
+            while incoming.pending:  # asking an empty buffer costs an exception
                 count = read(room - filled, view[filled:])
                 if not count:
                     self.received_eof = True
                     break
                 filled += count
-                if not self._incoming.pending:
-                    break
         except ssl.SSLWantReadError:
             pass
         except ssl.SSLZeroReturnError:
             self.received_eof = True
         except ssl.SSLError as error:
-            if not filled:
-                raise
-            self._failure = error  # asked again, OpenSSL would take a fatal alert for an end
-        return view[:filled]
+            self.failure = error  # kept, because OpenSSL, asked again, would take a fatal alert for an end
+        return filled
 
     def close_notify(self) -> None:
-        """Make close_notify, once. Everything received must have been decrypted before, or it is lost."""
+        """Make close_notify, once. Everything received must have been decrypted before, or it is lost.
+
+        Raises: ssl.SSLError.
+        """
         if self.sent_eof:
             return
         self.sent_eof = True
@@ -284,8 +296,9 @@ class TlsStream:
             if complete:
                 self._drained = not session.pending_in  # the first application data may have come along
                 return
-            while not self._receive_ciphertext("during the TLS handshake"):
+            while (ciphertext := self._receive_ciphertext("during the TLS handshake")) is None:
                 await self._transport.wait_readable()
+            session.feed(ciphertext)
 
     # -- sending
 
@@ -355,8 +368,10 @@ class TlsStream:
         session = self._session
         if session.sent_eof or self._closed or self._broken is not None:
             return
-        if session.pending_in:
-            self._decrypt()  # what has come with the handshake would be lost in it
+        if session.pending_in:  # what has come with the handshake would be lost in it
+            view = self._decrypt(_EMPTY)
+            if view:
+                self._ready.append(view)
         try:
             session.close_notify()
         except ssl.SSLError as error:
@@ -388,11 +403,14 @@ class TlsStream:
             raise trio.ClosedResourceError("this TLS stream was closed")
         if not self._at_end():
             if self._session.pending_in:
+                ciphertext: memoryview | None = _EMPTY
                 self._drained = False
-            elif not self._receive_ciphertext("without the end of the TLS stream"):
+            else:
+                ciphertext = self._receive_ciphertext("without the end of the TLS stream")
+            if ciphertext is None:
                 return None
-            if self._decrypt():
-                view = self._ready.pop(0)
+            view = self._decrypt(ciphertext)
+            if view:
                 self.bytes_received += len(view)
                 return view
             if not self._at_end():
@@ -514,8 +532,8 @@ class TlsStream:
             self._break(_truncated_by(error, "while sending"))
         del backlog[:index]
 
-    def _receive_ciphertext(self, when: str) -> bool:
-        """Take what the transport has, once. False when it has nothing now."""
+    def _receive_ciphertext(self, when: str) -> memoryview | None:
+        """Take what the transport has, once, into memory that is used again; None when it has nothing now."""
         scratch = self._scratch
         if scratch is None:
             scratch = memoryview(bytearray(CHUNK))
@@ -527,30 +545,22 @@ class TlsStream:
             raise self._receive_error from error
         if count is None:
             self._drained = True
-            return False
+            return None
         if not count:
             self._receive_error = StreamTruncated(f"the connection was closed by the other side {when}")
             raise self._receive_error
         self._drained = count < len(scratch)
-        self._session.feed(scratch[:count])
-        return True
+        return scratch[:count]
 
-    def _decrypt(self) -> bool:
-        """Decrypt all that was received into `_ready`; False when that was nothing. The reader is told of failures."""
+    def _decrypt(self, ciphertext: memoryview) -> memoryview:
+        """Decrypt what was received; a failure is kept for the reader, who gets what was before it first."""
         session = self._session
-        try:
-            view = session.decrypt()
-            while view:
-                self._ready.append(view)
-                if not session.pending_in and not session.failed:
-                    break
-                view = session.decrypt()
-        except ssl.SSLError as error:
-            self._receive_error = _failure(error)
-            self._send_ciphertext()  # the alert that says what we did not like
+        view = session.decrypt(ciphertext)
+        self._send_ciphertext()  # an answer to a key update, or the alert that says what we did not like
+        if session.failure is not None and self._receive_error is None:
+            self._receive_error = _failure(session.failure)
             self._break(self._receive_error)
-        self._send_ciphertext()  # an answer to a key update
-        return bool(self._ready)
+        return view
 
     def _break(self, error: OSError | StreamTruncated) -> None:
         if self._broken is None:
@@ -566,7 +576,7 @@ class TlsStream:
 
 
 def _pieces(views: Iterable[memoryview | bytes]) -> Iterable[memoryview | bytes]:
-    """Cut and join to pieces of at most CHUNK bytes: records of 16 KiB cost OpenSSL a third of small ones."""
+    """Cut and join to pieces of at most FEED bytes: records of 16 KiB cost OpenSSL a third of small ones."""
     small: list[memoryview | bytes] = []
     gathered = 0
     for view in views:
@@ -575,14 +585,14 @@ def _pieces(views: Iterable[memoryview | bytes]) -> Iterable[memoryview | bytes]
             if small:
                 yield small[0] if len(small) == 1 else b"".join(small)
                 small, gathered = [], 0
-            if size <= CHUNK:
+            if size <= FEED:
                 yield view
             else:
                 whole = memoryview(view)
-                for start in range(0, size, CHUNK):
-                    yield whole[start : start + CHUNK]
+                for start in range(0, size, FEED):
+                    yield whole[start : start + FEED]
         elif size:
-            if gathered + size > CHUNK:
+            if gathered + size > FEED:
                 yield b"".join(small)
                 small, gathered = [], 0
             small.append(view)
