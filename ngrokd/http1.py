@@ -455,7 +455,9 @@ class _ServerConnection:
         try:
             response = await self._handler(request)
         except Exception:
-            await self._write(_plain(HTTPStatus.INTERNAL_SERVER_ERROR), with_body=request.method != "HEAD", close=True)
+            with suppress(trio.BrokenResourceError, trio.ClosedResourceError):  # they must not hide the bug
+                sorry = _plain(HTTPStatus.INTERNAL_SERVER_ERROR)
+                await self._write(sorry, with_body=request.method != "HEAD", close=True)
             raise
         if not await self._write(response, with_body=request.method != "HEAD", close=False):
             return False

@@ -442,7 +442,7 @@ class _Origin:
         """Resolve `next_page_uri` against the page it came with; None when there is none."""
         if not uri:
             return None
-        parts = _split(urljoin(self.text + target, uri)) if _URI.fullmatch(uri) else None
+        parts = _split(uri, base=self.text + target)
         if parts is None or parts.username is not None:
             raise ApiError(f"{what}: the next page {printable(uri, 100)!r} is not a URI")
         if _origin_of(parts) != ("https" if self.secure else "http", self.host, self.port):
@@ -626,11 +626,12 @@ def _operator_path(operator_id: str) -> str:
     return f"{_OPERATORS}/{quote(operator_id, safe='')}"
 
 
-def _split(url: str) -> SplitResult | None:
-    if _URI.fullmatch(url) is None:  # urlsplit would silently drop tabs and newlines
+def _split(uri: str, *, base: str = "") -> SplitResult | None:
+    """The parts of a URI, relative to `base`; None when it is none."""
+    if _URI.fullmatch(uri) is None:  # urlsplit would silently drop tabs and newlines
         return None
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(urljoin(base, uri))
         _ = parts.port  # raises when it is none
     except ValueError:
         return None

@@ -6,6 +6,7 @@ carries the safety:
 
     tls.key.new, tls.crt.new      complete and on the disk
     operator_id                   replaced
+    tls.csr                       removed: the Go daemon renews with the request it kept, which is the old key's
     tls.key.new -> tls.key        )  between these two, key and certificate
     tls.crt.new -> tls.crt        )  do not match
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 OPERATOR_ID: Final = "operator_id"
 KEY: Final = "tls.key"
 CERTIFICATE: Final = "tls.crt"
+GO_REQUEST: Final = "tls.csr"  # made anew from the key by the Go daemon when it is missing
 NEW: Final = ".new"
 
 _KEY_MODE: Final = 0o600
@@ -318,6 +320,7 @@ class IdentityStore:
 
     def _rename_new(self, names: Iterable[str]) -> None:
         try:
+            files.remove(self._path(GO_REQUEST), ops=self._ops)
             dir_fd = self._ops.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 for name in names:

@@ -418,6 +418,19 @@ async def test_bug_in_the_handler_is_500_and_rises() -> None:
     assert answer.startswith(b"HTTP/1.1 500 Internal Server Error\r\n")
 
 
+async def test_bug_in_the_handler_rises_although_the_client_has_left() -> None:
+    """Nobody to tell 500 is no reason to tell nobody."""
+    ours, theirs = memory_stream_pair()
+
+    async def broken(asked: Request) -> Response:
+        await ours.aclose()
+        raise ZeroDivisionError
+
+    await ours.send_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    with pytest.raises(ZeroDivisionError):
+        await serve_connection(theirs, broken)
+
+
 @pytest.mark.parametrize(
     "sent",
     [b"", b"GET", b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nabc", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"],

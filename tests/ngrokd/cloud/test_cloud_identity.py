@@ -299,6 +299,15 @@ def test_renewed_identity_replaces_the_old(state: Path) -> None:
     assert sorted(path.name for path in state.iterdir()) == ["operator_id", "tls.crt", "tls.key"]
 
 
+def test_go_daemons_stored_request_goes_with_its_key(state: Path) -> None:
+    """It renews with the request it kept; the old key's would bring a certificate that fits no key of ours."""
+    put(state, "tls.csr", new_key_and_csr()[1])
+
+    IdentityStore(str(state)).save("k8sop_1", OLD)
+
+    assert not (state / "tls.csr").exists()
+
+
 def test_missing_directory_is_an_empty_identity(tmp_path: Path) -> None:
     """Loading changes nothing; only the intention to save makes the directory."""
     store = IdentityStore(str(tmp_path / "state"))
@@ -474,6 +483,7 @@ def saves_until_killed(state: Path, before: StoredIdentity, operator_id: str, pa
         directory.mkdir(mode=0o700)
         if before.credentials is not None:
             IdentityStore(str(directory)).save(before.operator_id, before.credentials)
+            put(directory, "tls.csr", b"the old key's")
         left.append(directory)
         try:
             IdentityStore(str(directory), ops=MortalOps(lives)).save(operator_id, pair)
@@ -492,7 +502,8 @@ def test_save_killed_at_any_moment_leaves_a_matching_pair(state: Path) -> None:
         stored = IdentityStore(str(directory)).load()
         found.append(stored.credentials)
         assert stored.operator_id == "k8sop_1"
-        assert sorted(path.name for path in directory.iterdir()) == ["operator_id", "tls.crt", "tls.key"]
+        request = ["tls.csr"] if stored.credentials == OLD else []
+        assert sorted(path.name for path in directory.iterdir()) == ["operator_id", "tls.crt", *request, "tls.key"]
         assert IdentityStore(str(directory)).load() == StoredIdentity("k8sop_1", stored.credentials)
 
     turned = found.index(NEW)
