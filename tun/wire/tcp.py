@@ -15,7 +15,6 @@ from typing import Final
 
 from tun.wire import verdict
 from tun.wire.checksum import fold, internet_checksum, pseudo_header_sum, sum16
-from tun.wire.ipv4 import HEADER_LENGTH as IPV4_HEADER_LENGTH
 from tun.wire.ipv4 import PROTOCOL_TCP, build_ipv4
 from tun.wire.ipv6 import build_ipv6
 
@@ -242,14 +241,15 @@ def build_tcp(
     return packet
 
 
-def build_reset_untrusted(packet: bytes, start: int, segment: Segment) -> bytearray:
+def build_reset(source: bytes, destination: bytes, segment: Segment) -> bytearray:
     """The RST that answers a segment for which no connection exists (RFC 9293 3.10.7.1), complete.
 
     An ACK is answered with its own number as sequence, anything else by RST with ACK: Linux takes only the exact form
     as "connection refused" and lets the app hang on any other.
+
+    Args:
+        source: who sent the segment, `destination` whom it was for.
     """
-    source = packet[start + 12 : start + 16]
-    destination = packet[start + 16 : start + IPV4_HEADER_LENGTH]
     if segment.flags & ACK:
         seq, ack, flags = segment.ack, 0, RST
     else:

@@ -1,0 +1,858 @@
+"""A TCP/IP host in a box: packets, time and commands in; requests, touched flows and replies out.
+
+The shell's round, once per batch:
+
+    for packet in batch: stack.handle_packet(packet, prefix, verified, now)
+    stack.handle_timeout(now)                       when now >= stack.next_deadline()
+    for flow in stack.take_requests(): ...          somebody decides, later: accept or refuse
+    for flow in stack.take_touched(): ...           move bytes between the flow and its owner; stack.flush(flow, ...)
+    for packet in stack.take_replies(): device.write_packet(packet)
+
+Packets are judged in the order of cost: the flow that a packet belongs to is found by one dictionary look-up on bytes
+cut from it, and what was to be expected takes the flow's short way. Everything else walks through the checks of RFC
+1122 and ends in exactly one of: taken, answered, dropped and counted under one reason.
+
+Addresses are bytes of 4 (later also 16); nothing here asks the operating system anything. Nothing the network sends
+raises. Memory is bounded: flows, requests, half-open flows, TIME-WAIT records, fragments and the bytes in all buffers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2s
+from struct import Struct
+from typing import Final
+
+from tun.core.buffers import Budget
+from tun.core.flows import TIME_WAIT_S, FlowTable, TimeWait
+from tun.core.fragments import Reassembler
+from tun.core.machine import CHALLENGE_INTERVAL_S, Flow, Host, Write
+from tun.core.states import SYN_PENDING, TIME_WAIT
+from tun.errors import BadPacket
+from tun.seq import HALF, MASK, diff
+from tun.wire import icmp, verdict
+from tun.wire.ipv4 import (
+    FLAG_DF,
+    PROTOCOL_ICMP,
+    PROTOCOL_TCP,
+    PROTOCOL_UDP,
+    Ipv4Header,
+    parse_ipv4,
+)
+from tun.wire.tcp import (
+    ACK,
+    FIN,
+    RST,
+    SYN,
+    TIMESTAMP_LAYOUT,
+    Segment,
+    build_reset,
+    build_tcp,
+    options,
+    parse_tcp,
+    verify_tcp,
+)
+from tun.wire.udp import Datagram, parse_udp, verify_udp
+
+__all__ = ["Flow", "Stack", "StackSettings"]
+
+# First byte, total length, fragment, protocol, key (addresses and ports), seq, ack, offset and flags, window.
+_EXPECTED: Final = Struct("!BxHxxHxBxx12sIIHH")
+_TIMESTAMP: Final = Struct("!III")
+_PORTS: Final = Struct("!HH")
+_ANY_FRAGMENT: Final = 0xFFFF ^ FLAG_DF ^ 0x8000
+
+# Above this share of all buffers a flow may hold little; see `_set_caps`.
+_TIGHT: Final = 0.75
+_TIGHT_CAP: Final = 16 * 1024
+# Under full memory the flows that hold much and move little are ended (sockstress).
+_STALLED_AFTER_S: Final = 30.0
+_STALLED_BYTES: Final = 64 * 1024
+_RELIEF_INTERVAL_S: Final = 1.0
+
+_INFINITE: Final = math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class StackSettings:
+    """What a stack is told once. Sizes are bytes, times seconds.
+
+    Attributes:
+        mtu: of the link; our MSS follows from it.
+        offload: may segments be larger than the MSS (the device cuts them)?
+        receive_buffer, send_buffer: of one flow; `small_buffer` where more than `active_flows` had traffic in the
+            last second.
+        max_flows: all flows, requests included; beyond it a SYN is refused.
+        half_open, undecided: see `tun.core.flows`; beyond them a SYN is dropped, and the app tries again.
+        buffers: bytes that all flows may hold.
+        gateway: this host's address on the link.
+        network, mask: the subnet whose addresses are ours to answer for, as integers.
+        ack_delay: how long an ACK may wait for an answer to ride on.
+    """
+
+    mtu: int = 1500
+    offload: bool = True
+    receive_buffer: int = 512 * 1024
+    send_buffer: int = 512 * 1024
+    small_buffer: int = 256 * 1024
+    active_flows: int = 64
+    max_flows: int = 24000
+    half_open: int = 1024
+    undecided: int = 1024
+    buffers: int = 256 * 2**20
+    gateway: bytes = b"\x0a\x6b\x00\x01"
+    network: int = 0x0A6B0000
+    mask: int = 0xFFFF0000
+    ack_delay: float = 0.02
+    keepalive_idle: float = 300.0
+    keepalive_interval: float = 30.0
+    keepalive_probes: int = 9
+
+
+class TokenBucket:
+    """So many a second, and so many at once."""
+
+    __slots__ = ("burst", "rate", "refilled_at", "tokens")
+
+    def __init__(self, rate: float, burst: float) -> None:
+        self.rate: float = rate
+        self.burst: float = burst
+        self.tokens: float = burst
+        self.refilled_at: float = 0.0
+
+    def take(self, now: float) -> bool:
+        """Is there one left?"""
+        self.tokens = min(self.burst, self.tokens + max(now - self.refilled_at, 0.0) * self.rate)
+        self.refilled_at = now
+        if self.tokens < 1.0:
+            return False
+        self.tokens -= 1.0
+        return True
+
+
+class Stack:
+    """The host: see the module's text for how it is driven.
+
+    Attributes:
+        drops: discarded packets by reason; every one counts exactly once.
+        packets: all packets handed in.
+        accepted, refused, cancelled: decided requests, and those whose app gave up first.
+        resets_received, timeouts, aborted: flows that ended so.
+        replies_sent: packets without a flow that were answered.
+    """
+
+    __slots__ = (
+        "_allowed",
+        "_datagram",
+        "_draining",
+        "_echo_limit",
+        "_epoch",
+        "_epoch_flows",
+        "_error_limit",
+        "_header",
+        "_host",
+        "_local",
+        "_reassembler",
+        "_relief_at",
+        "_replies",
+        "_requests",
+        "_reset_limit",
+        "_secret",
+        "_segment",
+        "_served",
+        "_settings",
+        "_small",
+        "_stray_limit",
+        "_table",
+        "_tight",
+        "aborted",
+        "accepted",
+        "cancelled",
+        "drops",
+        "flows",
+        "opened",
+        "packets",
+        "refused",
+        "replies_sent",
+        "resets_received",
+    )
+
+    def __init__(self, settings: StackSettings, secret: bytes) -> None:
+        self._settings: StackSettings = settings
+        self._secret: bytes = secret
+        self._host: Host = Host(
+            Budget(settings.buffers, settings.receive_buffer, settings.send_buffer), settings.mtu, settings.offload
+        )
+        self._host.ack_delay = settings.ack_delay
+        self._host.keepalive_idle = settings.keepalive_idle
+        self._host.keepalive_interval = settings.keepalive_interval
+        self._host.keepalive_probes = settings.keepalive_probes
+        self._table: FlowTable = FlowTable()
+        self.flows: dict[bytes, Flow] = self._table.flows
+        self._served: Mapping[bytes, frozenset[int]] = {}
+        self._draining: bool = False
+        self._local: frozenset[bytes] | None = None
+        self._allowed: list[tuple[int, int, int]] = []
+        self._requests: list[Flow] = []
+        self._replies: list[bytearray] = []
+        self._reassembler: Reassembler = Reassembler()
+
+        self._header: Ipv4Header = Ipv4Header()
+        self._segment: Segment = Segment()
+        self._datagram: Datagram = Datagram()
+
+        # ICMP errors as gVisor and Linux (icmp_msgs_per_sec); echo replies apart and larger. A RST for a SYN is an
+        # answer somebody waits for; a RST for anything else is not, and is what a loop would be made of.
+        self._error_limit: TokenBucket = TokenBucket(1000.0, 50.0)
+        self._echo_limit: TokenBucket = TokenBucket(10000.0, 1000.0)
+        self._reset_limit: TokenBucket = TokenBucket(10000.0, 2000.0)
+        self._stray_limit: TokenBucket = TokenBucket(500.0, 100.0)
+
+        self._epoch: int = 0
+        self._epoch_flows: int = 0
+        self._small: bool = False
+        self._tight: bool = False
+        self._relief_at: float = _INFINITE
+
+        self.drops: dict[str, int] = self._host.drops
+        self.packets: int = 0
+        self.opened: int = 0
+        self.accepted: int = 0
+        self.refused: int = 0
+        self.cancelled: int = 0
+        self.resets_received: int = 0
+        self.aborted: int = 0
+        self.replies_sent: int = 0
+
+    # -- look ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def flow_count(self) -> int:
+        """Live flows, requests included; TIME-WAIT not."""
+        return len(self.flows)
+
+    @property
+    def half_open_count(self) -> int:
+        """Flows whose handshake is not finished."""
+        return self._table.half_open
+
+    @property
+    def undecided_count(self) -> int:
+        """Requests nobody has decided yet."""
+        return self._table.undecided
+
+    @property
+    def time_wait_count(self) -> int:
+        """Records in TIME-WAIT."""
+        return len(self._table.time_wait)
+
+    @property
+    def buffered_bytes(self) -> int:
+        """Bytes in the buffers of all flows, as of the last flush of each."""
+        return self._host.budget.used
+
+    @property
+    def retransmits(self) -> int:
+        """Segments sent again."""
+        return self._host.retransmits
+
+    @property
+    def probes(self) -> int:
+        """Zero-window and keepalive probes sent."""
+        return self._host.probes
+
+    @property
+    def timeouts(self) -> int:
+        """Flows given up because nobody answered."""
+        return self._host.timeouts
+
+    def next_deadline(self) -> float:
+        """When `handle_timeout` is due; infinite when nothing waits."""
+        return min(
+            self._host.next_deadline(), self._table.next_expiry(), self._reassembler.next_deadline(), self._relief_at
+        )
+
+    # -- settings that change -----------------------------------------------------------------------------------------
+
+    def set_served(self, served: Mapping[bytes, frozenset[int]]) -> None:
+        """Replace the addresses and ports that are answered for; live flows stay. The mapping must not change later."""
+        self._served = served
+
+    def set_draining(self, draining: bool) -> None:
+        """While draining every new SYN is refused; live flows go on."""
+        self._draining = draining
+
+    def set_sources(self, local: frozenset[bytes] | None, allowed: Sequence[tuple[int, int, int]] = ()) -> None:
+        """Say who may connect.
+
+        Args:
+            local: the addresses of this host; None accepts any source.
+            allowed: other networks that may, as (version 4 or 6, network, mask), integers.
+        """
+        self._local = local
+        self._allowed = list(allowed)
+
+    # -- input --------------------------------------------------------------------------------------------------------
+
+    def handle_packet(self, packet: bytes, start: int, verified: bool, now: float) -> None:
+        """Take one packet from the device.
+
+        Args:
+            packet: as read; payloads become views on it, so it must not change.
+            start: where the IP header begins.
+            verified: the device vouches for the transport checksum.
+        """
+        self.packets += 1
+        available = len(packet) - start
+        if available >= 40:
+            first, total, fragment, protocol, key, seq, ack, offset_flags, window = _EXPECTED.unpack_from(packet, start)
+            if first == 0x45 and protocol == PROTOCOL_TCP and not fragment & _ANY_FRAGMENT:
+                flow = self.flows.get(key)
+                if (
+                    flow is not None
+                    and flow.predict
+                    and offset_flags & 0x37 == ACK
+                    and total <= available
+                    and int.from_bytes(packet[start : start + 20], "big") % 65535 == 0
+                    and (verified or verify_tcp(packet, start + 20, start + total, key[:4], key[4:8]))
+                ):
+                    words = offset_flags >> 12
+                    if flow.ts_on:
+                        if words == 8 and total >= 52:
+                            layout, value, _ = _TIMESTAMP.unpack_from(packet, start + 40)
+                            if layout == TIMESTAMP_LAYOUT and flow.handle_predicted(
+                                packet, start + 52, start + total, seq, ack, window, value, now
+                            ):
+                                return
+                    elif (
+                        words == 5
+                        and total >= 40
+                        and flow.handle_predicted(packet, start + 40, start + total, seq, ack, window, 0, now)
+                    ):
+                        return
+        self._handle_ip(packet, start, verified, now)
+
+    def handle_timeout(self, now: float) -> None:
+        """Do what is due at `now`; flows that owe something afterwards are touched."""
+        host = self._host
+        flow = host.pop_due(now)
+        while flow is not None:
+            flow.handle_timeout(now)
+            self._after(flow, now)
+            flow = host.pop_due(now)
+        host.compact(len(self.flows))
+        self._table.expire(now)
+        for first in self._reassembler.expire(now):
+            if self._error_limit.take(now):
+                self._reply(
+                    icmp.build_error(
+                        icmp.TIME_EXCEEDED, icmp.TIME_EXCEEDED_REASSEMBLY, first[16:20], first[12:16], first
+                    )
+                )
+        if now >= self._relief_at:
+            self._relieve(now)
+
+    # -- output -------------------------------------------------------------------------------------------------------
+
+    def take_requests(self) -> list[Flow]:
+        """New requests since the last call; each waits for `accept` or `refuse`."""
+        requests = self._requests
+        self._requests = []
+        return requests
+
+    def take_touched(self) -> list[Flow]:
+        """Flows with news since the last call, each once: bytes, space, an end, or something to send."""
+        host = self._host
+        touched = host.touched
+        host.touched = []
+        for flow in touched:
+            flow.touched = False
+        return touched
+
+    def take_replies(self) -> list[bytearray]:
+        """Complete packets that belong to no flow."""
+        replies = self._replies
+        self._replies = []
+        return replies
+
+    def flush(self, flow: Flow, write: Write, now: float) -> bool:
+        """Send what a flow owes.
+
+        `write(header, views, gso_size)` gets IP and TCP header with the pseudo-header sum in the checksum field; the
+        header is rewritten for the next segment, so it must be written or copied at once.
+
+        Returns: False when `write` did: the device is full, nothing is lost, flush again later.
+        """
+        done = flow.transmit(write, now)
+        budget = self._host.budget
+        held = flow.held_bytes
+        if held != flow.charged and not flow.retired:
+            budget.used += held - flow.charged
+            flow.charged = held
+        second = int(now)
+        if second != self._epoch:
+            self._begin_epoch(second)
+        if flow.active_epoch != second:
+            flow.active_epoch = second
+            self._epoch_flows += 1
+        if (budget.used > budget.limit * _TIGHT) is not self._tight:
+            self._tight = not self._tight
+            self._set_caps()
+        if budget.used >= budget.limit and self._relief_at == _INFINITE:
+            self._relief_at = now + _RELIEF_INTERVAL_S
+        if flow.closed and not flow.retired:
+            self._after(flow, now)
+        return done
+
+    # -- command ------------------------------------------------------------------------------------------------------
+
+    def accept(self, flow: Flow, now: float) -> None:
+        """Take a request: it owes the SYN-ACK and is touched. Nothing happens when its app has given up already."""
+        if flow.closed or flow.state != SYN_PENDING:
+            return
+        table = self._table
+        limit = self._settings.half_open
+        victim: Flow | None = None
+        if not flow.local and table.foreign_half_open.get(flow.source[0], 0) >= limit * 2 // 3:
+            victim = table.oldest_half_open(flow.source[0])
+        elif table.half_open >= limit:
+            victim = table.oldest_half_open(None)
+        if victim is not None:
+            victim.evict()
+            self._after(victim, now)
+        flow.accept(now)
+        self.accepted += 1
+        table.recount(flow)
+
+    def refuse(self, flow: Flow, now: float) -> None:
+        """Decline a request: its app gets RST, among the replies. Nothing happens when it has given up already."""
+        if flow.closed or flow.state != SYN_PENDING:
+            return
+        flow.refuse()
+        self.refused += 1
+        source, source_port = flow.destination
+        destination, destination_port = flow.source
+        self._reply(
+            build_tcp(
+                source,
+                destination,
+                source_port,
+                destination_port,
+                seq=0,
+                ack=flow.rcv_nxt & MASK,
+                flags=RST | ACK,
+            )
+        )
+        self._after(flow, now)
+
+    def abort_all(self, now: float) -> None:
+        """End every flow; those that can be told owe a RST. For the end of the device or of us."""
+        for flow in list(self.flows.values()):
+            if flow.state == SYN_PENDING:
+                self.refuse(flow, now)
+            else:
+                flow.abort(now)
+                self._after(flow, now)
+
+    # -- IP -----------------------------------------------------------------------------------------------------------
+
+    def _handle_ip(self, packet: bytes, start: int, verified: bool, now: float) -> None:
+        """The long way, for everything that was not to be expected."""
+        host = self._host
+        if len(packet) <= start:
+            host.drop("short")
+            return
+        if packet[start] >> 4 == 6:
+            host.drop("ipv6")
+            return
+        header = self._header
+        judgement = parse_ipv4(packet, start, header)
+        if judgement != verdict.OK:
+            host.drop(verdict.NAMES[judgement])
+            return
+        transport = start + header.header_length
+        end = start + header.total_length
+        protocol = header.protocol
+        if header.more_fragments or header.fragment:
+            self._handle_fragment(packet, start, transport, end, now)
+        elif protocol == PROTOCOL_TCP:
+            self._handle_tcp(packet, start, transport, end, verified, now)
+        elif protocol == PROTOCOL_ICMP:
+            self._handle_icmp(packet, start, transport, end, now)
+        elif protocol == PROTOCOL_UDP:
+            self._handle_udp(packet, start, transport, end, verified, now)
+        elif self._may_answer(packet, start, end, now):
+            host.drop("protocol")
+            self._error(icmp.UNREACHABLE_PROTOCOL, packet, start, end, now)
+
+    def _may_answer(self, packet: bytes, start: int, end: int, now: float) -> bool:
+        """Source and destination of a packet without a flow: is it from somebody we talk to, for an address we have?
+
+        What is not is dropped and counted here; the address of nobody in our subnet is answered "host unreachable".
+        """
+        header = self._header
+        if not self._source_ok(header.source):
+            self._host.drop("source")
+            return False
+        if header.destination in self._served:
+            return True
+        address = int.from_bytes(header.destination, "big")
+        settings = self._settings
+        last = settings.network | (~settings.mask & MASK)
+        if (
+            address & settings.mask != settings.network
+            or address in (settings.network, last)
+            or header.destination == settings.gateway
+        ):
+            # Multicast, broadcast, somebody else's: the kernel sends such packets to every link.
+            self._host.drop("destination")
+            return False
+        self._host.drop("no_host")
+        if header.protocol != PROTOCOL_ICMP or packet[start + header.header_length] == icmp.ECHO_REQUEST:
+            self._error(icmp.UNREACHABLE_HOST, packet, start, end, now)
+        return False
+
+    def _source_ok(self, source: bytes) -> bool:
+        """RFC 1122 3.2.1.3, and who may: a source is a host, not one of ours, and local or allowed."""
+        first = source[0]
+        if first == 0 or first == 127 or first >= 224 or source in self._served:
+            return False
+        settings = self._settings
+        address = int.from_bytes(source, "big")
+        if address in (settings.network, settings.network | (~settings.mask & MASK)):
+            return False
+        local = self._local
+        if local is None or source in local:
+            return True
+        return any(version == 4 and address & mask == network for version, network, mask in self._allowed)
+
+    def _error(self, code: int, packet: bytes, start: int, end: int, now: float) -> None:
+        """ "Destination unreachable", from the address that was asked for: the kernel drops what comes from its own."""
+        if self._error_limit.take(now):
+            header = self._header
+            quoted = packet[start : min(end, start + 576)]
+            self._reply(icmp.build_error(icmp.UNREACHABLE, code, header.destination, header.source, quoted))
+
+    def _reply(self, packet: bytearray) -> None:
+        self.replies_sent += 1
+        self._replies.append(packet)
+
+    # -- ICMP, UDP, fragments -----------------------------------------------------------------------------------------
+
+    def _handle_icmp(self, packet: bytes, start: int, at: int, end: int, now: float) -> None:
+        if not icmp.verify_icmp(packet, at, end):
+            self._host.drop("icmp_checksum")
+            return
+        kind = packet[at]
+        if kind == icmp.UNREACHABLE:
+            self._handle_unreachable(packet, at, end)
+        elif self._may_answer(packet, start, end, now):
+            if kind == icmp.ECHO_REQUEST:
+                self._answer_echo(memoryview(packet)[at:end], now)
+            else:
+                self._host.drop("icmp")
+
+    def _answer_echo(self, message: bytes | memoryview, now: float) -> None:
+        if self._echo_limit.take(now):
+            self._reply(icmp.build_echo_reply(self._header.destination, self._header.source, message))
+        else:
+            self._host.drop("echo_limit")
+
+    def _handle_unreachable(self, packet: bytes, at: int, end: int) -> None:
+        """Errors about our segments: only "too big" changes anything; the others are soft (RFC 9293 MUST-56)."""
+        try:
+            quoted = icmp.parse_quoted_tcp(packet, at, end)
+        except BadPacket:
+            self._host.drop("icmp")
+            return
+        key = quoted.destination + quoted.source + _PORTS.pack(quoted.destination_port, quoted.source_port)
+        flow = self.flows.get(key)
+        if (
+            flow is None
+            or packet[at + 1] != icmp.FRAGMENTATION_NEEDED
+            or not flow.handle_quoted(quoted.seq, quoted.mtu)
+        ):
+            self._host.drop("icmp")
+
+    def _handle_udp(self, packet: bytes, start: int, at: int, end: int, verified: bool, now: float) -> None:
+        header = self._header
+        judgement = parse_udp(packet, at, end, self._datagram)
+        if judgement != verdict.OK:
+            self._host.drop(verdict.NAMES[judgement])
+        elif not verified and not verify_udp(packet, at, self._datagram.data_end, header.source, header.destination):
+            self._host.drop("udp_checksum")
+        elif self._may_answer(packet, start, end, now):
+            self._host.drop("udp")
+            self._error(icmp.UNREACHABLE_PORT, packet, start, end, now)
+
+    def _handle_fragment(self, packet: bytes, start: int, at: int, end: int, now: float) -> None:
+        header = self._header
+        if header.protocol != PROTOCOL_ICMP:
+            self._host.drop("fragment")
+            return
+        if not self._source_ok(header.source) or header.destination not in self._served:
+            self._host.drop("fragment")
+            return
+        reassembler = self._reassembler
+        key = packet[start + 12 : start + 20] + packet[start + 4 : start + 6]
+        dropped = reassembler.dropped
+        message = reassembler.add(
+            key, header.fragment, header.more_fragments, packet[at:end], packet[start : min(at + 8, end)], now
+        )
+        if reassembler.dropped > dropped:
+            self._host.drop("fragment")
+        if message is None:
+            return
+        if not icmp.verify_icmp(message, 0, len(message)) or message[0] != icmp.ECHO_REQUEST:
+            self._host.drop("icmp")
+        else:
+            self._answer_echo(message, now)
+
+    # -- TCP ----------------------------------------------------------------------------------------------------------
+
+    def _handle_tcp(self, packet: bytes, start: int, at: int, end: int, verified: bool, now: float) -> None:
+        header = self._header
+        segment = self._segment
+        judgement = parse_tcp(packet, at, end, segment)
+        if judgement != verdict.OK:
+            self._host.drop(verdict.NAMES[judgement])
+            return
+        if not verified and not verify_tcp(packet, at, end, header.source, header.destination):
+            self._host.drop("tcp_checksum")
+            return
+        flags = segment.flags
+        if flags & (SYN | FIN) == SYN | FIN and not flags & RST:
+            self._host.drop("syn_fin")
+            return
+        key = header.source + header.destination + packet[at : at + 4]
+        flow = self.flows.get(key)
+        if flow is not None and flow.closed:
+            self._after(flow, now)  # ended by its owner a moment ago
+            flow = None
+        if flow is not None:
+            if (
+                flow.state == SYN_PENDING
+                and flags & (SYN | ACK | RST) == SYN
+                and segment.seq != flow.irs
+                and self._may_answer(packet, start, end, now)
+            ):
+                # The app has begun anew on the same port: what it wanted before is void.
+                flow.cancel()
+                self._after(flow, now)
+                self._listen(key, None, now)
+                return
+            wants_reset = flow.handle_segment(segment, packet, now)
+            self._after(flow, now)
+            if wants_reset:
+                self._reset(now)
+            return
+        record = self._table.time_wait.get(key)
+        if record is not None and not self._leave_time_wait(key, record, now):
+            return
+        if self._may_answer(packet, start, end, now):
+            self._listen(key, record, now)
+
+    def _listen(self, key: bytes, record: TimeWait | None, now: float) -> None:
+        """A segment without a connection, for an address of ours (RFC 9293 3.10.7.1 and 2)."""
+        header = self._header
+        segment = self._segment
+        flags = segment.flags
+        if flags & RST:
+            self._host.drop("stray_reset")
+            return
+        if flags & ACK:
+            self._host.drop("stray_ack")
+            self._reset(now)
+            return
+        served = segment.destination_port in self._served[header.destination]
+        if not flags & SYN:
+            # LISTEN is silent where CLOSED is not.
+            self._host.drop("stray")
+            if not served:
+                self._reset(now)
+            return
+        if not served:
+            self._host.drop("closed_port")
+            self._reset(now)
+        elif self._draining:
+            self._host.drop("draining")
+            self._reset(now)
+        elif len(self.flows) >= self._settings.max_flows:
+            self._host.drop("flow_limit")
+            self._reset(now)
+        else:
+            self._open(key, record, now)
+
+    def _open(self, key: bytes, record: TimeWait | None, now: float) -> None:
+        """A SYN to a served port becomes a request, unless too many wait; then it is dropped, and will come again."""
+        table = self._table
+        header = self._header
+        segment = self._segment
+        source = header.source
+        limit = self._settings.undecided
+        local = self._local is None or source in self._local
+        if table.undecided >= limit:
+            self._host.drop("undecided_limit")
+            return
+        if not local and table.foreign.get(source, 0) >= limit * 2 // 3:
+            self._host.drop("source_limit")
+            return
+        initial, ts_offset = self._initial_numbers(key, now)
+        if record is not None and diff(initial, record.snd_nxt) <= 0:
+            # The old connection was faster than the clock of our numbers (RFC 6528 3, RFC 9293 3.4.1): stay above.
+            initial = (record.snd_nxt + 0x10000 + (initial & 0xFFFF)) & MASK
+        flow = Flow(
+            self._host,
+            key,
+            (source, segment.source_port),
+            (header.destination, segment.destination_port),
+            segment,
+            initial,
+            ts_offset,
+            now,
+        )
+        flow.local = local
+        table.add(flow)
+        self.opened += 1
+        self._requests.append(flow)
+
+    def _initial_numbers(self, key: bytes, now: float) -> tuple[int, int]:
+        """The initial sequence number of RFC 6528 (a 4 us clock and a keyed hash), and the timestamps' offset."""
+        digest = blake2s(key, key=self._secret[:32], digest_size=8).digest()
+        clock = int(now * 250000.0)
+        return (clock + int.from_bytes(digest[:4], "big")) & MASK, int.from_bytes(digest[4:], "big")
+
+    def _leave_time_wait(self, key: bytes, record: TimeWait, now: float) -> bool:
+        """A segment for a connection in TIME-WAIT.
+
+        Returns: True when it opens a new one (RFC 9293 3.10.7.4 MAY-2, RFC 6191): the record is gone, go on as LISTEN.
+        """
+        table = self._table
+        if record.expires_at <= now:
+            del table.time_wait[key]
+            return True
+        segment = self._segment
+        flags = segment.flags
+        if flags & RST:
+            self._host.drop("time_wait_reset")  # RFC 1337: no assassination
+            return False
+        ahead = diff(segment.seq, record.rcv_nxt)
+        if flags & SYN and not flags & ACK:
+            older = False
+            newer = ahead > 0
+            if record.ts_on and segment.has_timestamp:
+                step = (segment.ts_value - record.ts_recent) & MASK
+                older = step >= HALF
+                newer = newer or 0 < step < HALF
+            if newer and not older:
+                del table.time_wait[key]
+                return True
+        elif ahead == 0 and segment.data_end == segment.data_start and not flags & FIN:
+            self._host.drop("time_wait")  # the last ACK again: nothing is missing
+            return False
+        elif ahead < 0:
+            record.expires_at = now + TIME_WAIT_S
+            table.hold(key, record)
+        self._host.drop("time_wait")
+        if now - record.answered_at >= CHALLENGE_INTERVAL_S or ahead < 0:
+            record.answered_at = now
+            header = self._header
+            stamp = (int(now * 1000.0) + record.ts_offset) & MASK
+            self._reply(
+                build_tcp(
+                    header.destination,
+                    header.source,
+                    segment.destination_port,
+                    segment.source_port,
+                    seq=record.snd_nxt,
+                    ack=record.rcv_nxt,
+                    flags=ACK,
+                    window=65535,
+                    options=options(timestamp=(stamp, record.ts_recent)) if record.ts_on else b"",
+                )
+            )
+        return False
+
+    def _reset(self, now: float) -> None:
+        """Answer with RST, within limits; never a RST with a RST."""
+        segment = self._segment
+        if segment.flags & RST:
+            return
+        limit = self._reset_limit if segment.flags & (SYN | ACK) == SYN else self._stray_limit
+        if limit.take(now):
+            header = self._header
+            self._reply(build_reset(header.source, header.destination, segment))
+
+    # -- the life of flows --------------------------------------------------------------------------------------------
+
+    def _after(self, flow: Flow, now: float) -> None:
+        """Keep the table right after a flow may have changed its state; an ended one leaves it."""
+        if not flow.closed:
+            if flow.counted:
+                self._table.recount(flow)
+            return
+        if flow.retired:
+            return
+        flow.retired = True
+        self._table.remove(flow)
+        self._host.budget.used -= flow.charged
+        flow.charged = 0
+        if flow.state == TIME_WAIT:
+            self._table.hold(flow.key, TimeWait(flow, now))
+        failure = flow.failure
+        if failure == "cancelled":
+            self.cancelled += 1
+        elif failure == "reset":
+            self.resets_received += 1
+        elif failure in ("aborted", "evicted", "unread"):
+            self.aborted += 1
+
+    def _begin_epoch(self, second: int) -> None:
+        """Once a second: how many flows had traffic decides how large their buffers may be."""
+        small = self._epoch_flows > self._settings.active_flows
+        self._epoch = second
+        self._epoch_flows = 0
+        if small is not self._small:
+            self._small = small
+            self._set_caps()
+
+    def _set_caps(self) -> None:
+        """How much one flow may hold: little when memory runs short, half when many are active."""
+        settings = self._settings
+        budget = self._host.budget
+        receive = settings.receive_buffer
+        send = settings.send_buffer
+        if self._small:
+            receive = min(receive, settings.small_buffer)
+            send = min(send, settings.small_buffer)
+        if self._tight:
+            receive = min(receive, _TIGHT_CAP)
+        budget.receive_cap = receive
+        budget.send_cap = send
+
+    def _relieve(self, now: float) -> None:
+        """Memory is full: end the flows that have held most without moving for half a minute, until some is free."""
+        budget = self._host.budget
+        self._relief_at = _INFINITE
+        if budget.used < budget.limit:
+            return
+        self._relief_at = now + _RELIEF_INTERVAL_S
+        stalled: list[tuple[int, bytes]] = []
+        for key, flow in self.flows.items():
+            if not flow.charged:
+                continue
+            moved = flow.bytes_to_app + flow.bytes_from_app - flow.mark_bytes
+            if moved >= _STALLED_BYTES:
+                flow.mark_bytes += moved
+                flow.mark_at = now
+            elif now - flow.mark_at >= _STALLED_AFTER_S:
+                stalled.append((flow.charged, key))
+        stalled.sort(reverse=True)
+        for _, key in stalled:
+            if budget.used <= budget.limit * _TIGHT:
+                return
+            flow = self.flows[key]
+            flow.evict()
+            self._after(flow, now)
