@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import socket
 import struct
 from typing import Final, Protocol, runtime_checkable
@@ -170,7 +171,7 @@ async def connect_tcp(address: str, port: int) -> Transport:
             await trio.lowlevel.wait_writable(sock)
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
-            raise OSError(code, errno.errorcode.get(code, "connect failed"))
+            raise _os_error(code)
     except BaseException:
         sock.close()
         raise
@@ -287,7 +288,7 @@ class _MemoryTransport:
 
 
 def _os_error(code: int) -> OSError:
-    return OSError(code, errno.errorcode[code])
+    return OSError(code, os.strerror(code))
 
 
 def memory_transport_pair(capacity: int = 64 * 1024) -> tuple[Transport, Transport]:
