@@ -274,7 +274,7 @@ async def test_large_segments_can_be_cut_so_that_pieces_get_lost() -> None:
     """Losing 64 KiB at a time would test little but timeouts."""
     one, other = memory_pair()
     faults = Faults(loss=0.5)
-    faulty = FaultyDevice(one, Random(1), reading=faults, writing=faults, split=True)
+    faulty = FaultyDevice(one, Random(2), reading=faults, writing=faults, split=True)
 
     faulty.write(segment_header(14_600), (bytes(14_600),), 1460)
     lost = faulty.faults["lost"]
