@@ -1,1 +1,30 @@
-"""A TCP/IP host in a box: give it a device, it gives you connection requests and streams."""
+"""A TCP/IP host in a box: give it a device, it gives you connection requests and streams.
+
+    device = open_device("ngrokd0")
+    stack = Stack(StackSettings(...), secret)
+    network = Network(device, stack, on_request)
+    await network.run()
+
+What is not named here is private to the package.
+"""
+
+from __future__ import annotations
+
+from tun.core.stack import Stack, StackSettings
+from tun.device import open_device
+from tun.device.base import Device
+from tun.errors import BadPacket, DeviceError, TunError
+from tun.network import FlowRequest, FlowStream, Network
+
+__all__ = [
+    "Network",
+    "FlowRequest",
+    "FlowStream",
+    "Stack",
+    "StackSettings",
+    "Device",
+    "open_device",
+    "TunError",
+    "DeviceError",
+    "BadPacket",
+]
