@@ -1,0 +1,48 @@
+"""`ngrokd run`: the daemon on the real machine."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Mapping
+
+import trio
+
+from ngrokd import config
+from ngrokd.config import Settings
+from ngrokd.daemon.daemon import Daemon, Machine
+from ngrokd.daemon.machine import LinuxMachine
+from ngrokd.log import Log, stderr_descriptor
+
+
+def run_daemon(settings: Settings, *, config_path: str | None, environ: Mapping[str, str]) -> int:
+    """Run until a signal ends it.
+
+    Args:
+        settings: the configuration.
+        config_path: where it was read, to read it again on SIGHUP; None: the default file.
+        environ: the environment.
+
+    Returns: the exit code. Raises NgrokdError when it cannot start; then nothing is left on the machine.
+    """
+    os.umask(0o077)
+    raise_file_limit()
+    with Log(settings.log.level, settings.log.format, descriptor=stderr_descriptor(), environ=environ) as log_control:
+        daemon = Daemon(
+            settings,
+            LinuxMachine(),
+            environ=environ,
+            reload=lambda: config.load(config_path, environ),
+            log_control=log_control,
+        )
+        trio.run(daemon.run)
+    return 0
+
+
+def raise_file_limit() -> None:
+    """Raise the soft limit of open files to the hard one: each flow has a socket, and the usual 1024 are for shells."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+__all__ = ["Daemon", "LinuxMachine", "Machine", "run_daemon"]

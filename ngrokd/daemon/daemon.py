@@ -1,0 +1,670 @@
+"""The daemon: which parts there are, what each is handed, and in which order things stand and fall.
+
+This is the only file that knows all rooms. It holds no rule of its own beyond order:
+
+    up      state lock, rights, conflicts, device, link and routes, control socket, http port      (READY=1)
+            last known endpoints, polls                                                            ([ready])
+    down    names out of the hosts file, new connections refused, `net.drain` for those that live,
+            then sockets, routes, guard and device
+
+Whatever was done is undone in reverse order, also when a later step fails. A `Machine` stands for everything outside
+the process; `ngrokd.daemon.machine` has the real one, the tests one in memory, where a day passes in seconds.
+
+    root nursery            an unexpected exception here undoes everything and ends the process
+    |- data plane           its own tree, see ngrokd.dataplane
+    |- discovery            expected errors stay inside; see ngrokd.discovery
+    |- ingress addresses    looked up off the path, remembered when that fails
+    |- machine watch        our addresses, and what others do to our link and routes
+    |- control, http        one client's error ends that client
+    `- ready line, watchdog, signals
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import secrets
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from ipaddress import IPv4Network
+from typing import Any, Final, Protocol, TextIO
+
+import trio
+
+from ngrokd import __version__, config, files
+from ngrokd.cloud.api import NgrokApi, api_ssl_context
+from ngrokd.cloud.identity import IdentityStore
+from ngrokd.config import Settings
+from ngrokd.daemon.traffic import Traffic
+from ngrokd.dataplane import (
+    Accept,
+    CaFound,
+    DataPlane,
+    DataPlaneSettings,
+    DeviceLost,
+    Reach,
+    Report,
+    Serve,
+    Trust,
+    Use,
+)
+from ngrokd.discovery import Discovery
+from ngrokd.endpoints import Secret
+from ngrokd.errors import ConfigError, Exit, NgrokdError, PermissionMissingError, StateError
+from ngrokd.log import Log
+from ngrokd.names import reconcile
+from ngrokd.ops.control import Command, ControlError, ControlServer, ControlSocket
+from ngrokd.ops.notify import Notifier
+from ngrokd.ops.peers import Peer
+from ngrokd.ops.web import EndpointHealth, Health, HttpListener, WebServer, status_document
+from ngrokd.relay.handler import FlowEvent
+from ngrokd.relay.transport import Transport
+from tun import Device, StackSettings
+
+log = logging.getLogger("ngrokd.daemon")
+
+INGRESS_CA: Final = "ingress-ca.pem"
+# Where ngrok's operator image keeps its CA, and the Go daemon looked for it.
+NGROK_CA_DIRECTORY: Final = "/etc/ssl/certs/ngrok"
+DEFAULT_INGRESS: Final = "kubernetes-binding-ingress.ngrok.io:443"
+MAX_CA_BYTES: Final = 4 << 20
+RESOLVE_EVERY_S: Final = 300.0
+RESOLVE_AGAIN_S: Final = 5.0
+RESOLVE_TIMEOUT_S: Final = 5.0
+# How long a start that has last known endpoints waits for the API before it says that it is ready (docs/adr/0010).
+READY_WAIT_S: Final = 1.0
+# The Go daemon's set-api-key came back when the registration was over; so does ours, but not for ever.
+COMMAND_WAIT_S: Final = 20.0
+
+
+class Machine(Protocol):
+    """Everything outside the process, as far as the daemon needs it."""
+
+    names: tuple[str, ...]
+
+    def wall(self) -> float:
+        """The wall clock, Unix seconds."""
+        ...
+
+    async def run_sync(self, function: Callable[..., Any], /, *args: Any) -> Any:  # Any: it passes through
+        """Run a function that takes its time, where it does not hold up the loop."""
+        ...
+
+    async def connect(self, host: str, port: int) -> trio.abc.Stream:
+        """Open a TCP stream to the API. Raises OSError."""
+        ...
+
+    async def dial(self, address: str, port: int) -> Transport:
+        """Open a TCP connection to the ingress. Raises OSError."""
+        ...
+
+    async def resolve(self, host: str, port: int) -> tuple[str, ...]:
+        """The addresses of a name. Raises OSError."""
+        ...
+
+    def signals(self) -> contextlib.AbstractContextManager[AsyncIterator[int]]:
+        """The signals TERM, INT and HUP that the process gets, as they come."""
+        ...
+
+    def prepare(self, settings: Settings) -> Device:
+        """Check rights and conflicts, open the device, configure link and routes.
+
+        Raises NgrokdError; then nothing is left behind.
+        """
+        ...
+
+    def reopen(self) -> Device:
+        """Make device, link and routes again after the device was lost. Raises NgrokdError."""
+        ...
+
+    def restore(self) -> None:
+        """Undo `prepare`. Never raises; what could not be undone is logged."""
+        ...
+
+    def addresses(self) -> frozenset[bytes] | None:
+        """The addresses of this host, packed; None when any source is to be accepted."""
+        ...
+
+    async def watch(self, changed: Callable[[], None]) -> None:
+        """Call `changed` when addresses of this host change, and put back what others change of ours; for ever."""
+        ...
+
+
+class Daemon:
+    """One daemon. `run` it once.
+
+    Args:
+        settings: the configuration.
+        machine: see `Machine`.
+        environ: where keys may come from, and the service manager's socket.
+        reload: reads the configuration again, for SIGHUP; raises ConfigError.
+        output: where the ready line goes.
+        log_control: the installed log, to change its level live.
+        strict: let a defect in a flow or a command rise instead of being survived, for tests.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        machine: Machine,
+        *,
+        environ: Mapping[str, str],
+        reload: Callable[[], Settings] | None = None,
+        output: TextIO | None = None,
+        log_control: Log | None = None,
+        strict: bool = False,
+    ) -> None:
+        self.settings = settings
+        self.machine = machine
+        self._environ = environ
+        self._reload = reload
+        self._output = output if output is not None else sys.stdout
+        self._log_control = log_control
+        self._strict = strict
+        self._notifier = Notifier(environ)
+        self._key = config.resolve_api_key(settings, environ)
+        self._started_wall = machine.wall()
+        self._started_at = math.nan
+        self._stopping = trio.Event()
+        self._stop_now = False
+        self._draining = False
+        self._resolve_now = trio.Event()
+        self._device_lost = trio.Event()
+        self._ingress_host = ""
+        self._ingress_addresses: tuple[str, ...] = ()
+        self._ingress_problem = ""
+        self._found_ca = b""
+        self.ready = trio.Event()
+        self.traffic = Traffic()
+        self.plane: DataPlane
+        self.discovery: Discovery
+        self.commands: dict[str, Command] = {
+            "status": Command(self._status_command),
+            "list": Command(self._list_command),
+            "version": Command(self._version_command),
+            "health": Command(self._health_command),
+            "set-api-key": Command(self._set_api_key_command, changes=True),
+            "refresh-cert": Command(self._refresh_cert_command, changes=True),
+            "refresh": Command(self._refresh_command, changes=True),
+            "reload": Command(self._reload_command, changes=True),
+        }
+
+    # Life
+
+    async def run(self) -> None:
+        """Serve until `stop`, then undo everything. Raises NgrokdError when it cannot start."""
+        self._started_at = trio.current_time()
+        try:
+            async with trio.open_nursery() as nursery:
+                # Before anything is done to the machine, so that nothing can be left half done by a signal.
+                await nursery.start(self._handle_signals)
+                await self._run()
+                nursery.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            raise _only_error(group) from None
+
+    async def _run(self) -> None:
+        settings = self.settings
+        with contextlib.ExitStack() as undo:
+            for warning in settings.warnings:
+                log.warning("%s", warning)
+            undo.enter_context(state_lock(settings.state.directory))
+            device = self.machine.prepare(settings)
+            undo.callback(self.machine.restore)
+            self._build(device)
+            control = undo.enter_context(ControlSocket(settings.control.socket, settings.control.group))
+            web = undo.enter_context(HttpListener(settings.http.listen)) if settings.http.listen else None
+            await self._serve(control, web)
+
+    def stop(self) -> None:
+        """Begin to stop; called again: stop at once."""
+        if self._stopping.is_set():
+            self._stop_now = True
+            if self._draining:
+                self.plane.drain(0.0)
+        self._stopping.set()
+
+    def _build(self, device: Device) -> None:
+        """Make the parts and hand each what it needs."""
+        settings, machine = self.settings, self.machine
+        subnet = IPv4Network(settings.net.subnet)
+        limits = settings.limits
+        self.plane = DataPlane(
+            device,
+            DataPlaneSettings(
+                stack=StackSettings(
+                    mtu=device.mtu,
+                    offload=device.offload,
+                    receive_buffer=limits.buffer_bytes,
+                    send_buffer=limits.buffer_bytes,
+                    max_flows=limits.flows,
+                    half_open=limits.half_open,
+                    undecided=limits.undecided,
+                    buffers=limits.buffers_bytes,
+                    gateway=subnet[1].packed,
+                    network=int(subnet.network_address),
+                    mask=int(subnet.netmask),
+                ),
+                secret=secrets.token_bytes(32),
+                connect_timeout_s=settings.ingress.connect_timeout_s,
+                dials=limits.dials,
+                refused_networks=(settings.net.subnet,),
+                strict=self._strict,
+            ),
+            machine.dial,
+            self._reported,
+        )
+        api = NgrokApi(
+            url=settings.api.url,
+            key=lambda: self._key.value,
+            connect=machine.connect,
+            ssl_context=api_ssl_context(_read_ca("api.ca_file", settings.api.ca_file) or None),
+            timeout_s=settings.api.timeout_s,
+            user_agent=f"ngrokd/{__version__}",
+            now=machine.wall,
+        )
+        self._api = api
+        self.discovery = Discovery(
+            settings,
+            api,
+            IdentityStore(settings.state.directory),
+            has_key=lambda: bool(self._key.value),
+            publish=lambda directory: self.plane.tell(Serve(directory)),
+            use=lambda credentials: self.plane.tell(Use(credentials)),
+            reach=lambda _endpoint: self._resolve_now.set(),
+            wall=machine.wall,
+            run_sync=machine.run_sync,
+            machine_names=machine.names,
+        )
+        self._tell_anchors()
+        self._tell_sources()
+
+    async def _serve(self, control: ControlSocket, web: HttpListener | None) -> None:
+        discovery = self.discovery
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._run_plane)
+            try:
+                await nursery.start(ControlServer(self.commands, strict=self._strict).serve, control)
+                if web is not None:
+                    server = WebServer(web.host, self.health, self.endpoint_health, strict=self._strict)
+                    await nursery.start(server.serve, web)
+                self._notifier.ready("waiting for the endpoints")
+                await discovery.restore()
+                nursery.start_soon(self._keep_ingress_addresses)
+                nursery.start_soon(self.machine.watch, self._tell_sources)
+                nursery.start_soon(self._replace_devices)
+                nursery.start_soon(self._say_ready)
+                nursery.start_soon(self._keep_watchdog)
+                polling = await nursery.start(self._poll)
+                await self._stopping.wait()
+                log.info("stopping: new connections are refused, %d live", self.plane.flow_count)
+                self._notifier.stopping(f"draining {self.plane.flow_count} connections")
+                polling.cancel()
+            finally:
+                # Names go first, while connections to them are still refused politely.
+                discovery.withdraw()
+            self._draining = True
+            self.plane.drain(0.0 if self._stop_now else self.settings.net.drain_s)
+            await self._plane_ended.wait()
+            nursery.cancel_scope.cancel()
+
+    async def _run_plane(self, *, task_status: trio.TaskStatus[None]) -> None:
+        self._plane_ended = trio.Event()
+        try:
+            await self.plane.run(task_status=task_status)
+        finally:
+            self._plane_ended.set()
+
+    async def _poll(self, *, task_status: trio.TaskStatus[trio.CancelScope]) -> None:
+        with trio.CancelScope() as scope:
+            task_status.started(scope)
+            await self.discovery.run()
+
+    async def _say_ready(self) -> None:
+        """Print the ready line, once. See docs/adr/0010."""
+        discovery = self.discovery
+        with trio.move_on_after(READY_WAIT_S if discovery.known.desired.services else math.inf):
+            await discovery.first_success.wait()
+        net = self.settings.net
+        count = len(discovery.known.desired.services)
+        self.ready.set()
+        print(
+            f"[ready] ngrokd {__version__} tun={self.plane.network.device.name} subnet={net.subnet} "
+            f"endpoints={count} sock={self.settings.control.socket}",
+            file=self._output,
+            flush=True,
+        )
+        self._notifier.status(f"serving {count} endpoints")
+
+    async def _keep_watchdog(self) -> None:
+        interval = self._notifier.watchdog_s
+        while interval is not None:
+            self._notifier.watchdog()
+            await trio.sleep(interval)
+
+    async def _handle_signals(self, *, task_status: trio.TaskStatus[None]) -> None:
+        """TERM and INT stop (twice: at once), HUP reloads."""
+        with self.machine.signals() as signals:
+            task_status.started()
+            async for number in signals:
+                if number != signal.SIGHUP:
+                    log.info("got %s", signal.Signals(number).name)
+                    self.stop()
+                elif self.ready.is_set():
+                    # A wrong configuration has been logged, and the old one goes on.
+                    with contextlib.suppress(NgrokdError):
+                        await self._reload_command([], None)
+
+    # What the data plane reports
+
+    def _reported(self, report: Report) -> None:
+        match report:
+            case FlowEvent():
+                self.traffic.note(report, self.machine.wall())
+            case CaFound(pem):
+                self._found_ca = pem
+                log.info("the ingress presented ngrok's CA, known by its fingerprint; kept as %s", INGRESS_CA)
+                try:
+                    files.atomic_write(os.path.join(self.settings.state.directory, INGRESS_CA), pem, 0o644)
+                except StateError as error:
+                    log.warning("%s", error)
+            case DeviceLost(message):
+                log.warning("the interface is gone (%s); making it again", message)
+                self._device_lost.set()
+
+    async def _replace_devices(self) -> None:
+        """Give the data plane another device when somebody deleted the interface; live flows go on."""
+        while True:
+            await self._device_lost.wait()
+            self._device_lost = trio.Event()
+            delay = 0.1
+            while True:
+                try:
+                    self.plane.replace_device(self.machine.reopen())
+                    break
+                except NgrokdError as error:
+                    log.error("%s; trying again in %.1f s", error, delay)
+                    await trio.sleep(delay)
+                    delay = min(delay * 2, 5.0)
+
+    # What the data plane is told
+
+    def _tell_sources(self) -> None:
+        self.plane.tell(Accept(self.machine.addresses(), self.settings.net.allow_sources))
+
+    def _tell_anchors(self) -> None:
+        settings = self.settings
+        found = os.path.join(settings.state.directory, INGRESS_CA)
+        pem = _read_ca("ingress.ca_file", settings.ingress.ca_file)
+        pem += b"".join(_directory_certificates(NGROK_CA_DIRECTORY))
+        with contextlib.suppress(FileNotFoundError, StateError):
+            pem += b"\n" + files.read_limited(found, MAX_CA_BYTES)
+        self.plane.tell(Trust(True, pem, settings.ingress.ca_fingerprints))
+
+    async def _keep_ingress_addresses(self) -> None:
+        """Look the ingress up now, every few minutes, when it changes, and soon again when that failed."""
+        while True:
+            self._resolve_now = trio.Event()
+            host, port = self._ingress_address()
+            delay = RESOLVE_EVERY_S
+            try:
+                with trio.fail_after(RESOLVE_TIMEOUT_S):
+                    addresses = await self.machine.resolve(host, port)
+            except (OSError, trio.TooSlowError) as error:
+                # The last good addresses go on being used: a name server's outage is not the ingress's.
+                self._ingress_problem = f"cannot look up the ingress {host}: {str(error) or 'no answer'}"
+                log.warning("%s", self._ingress_problem)
+                delay = RESOLVE_AGAIN_S
+                if host != self._ingress_host:
+                    self.plane.tell(Reach(host, port, ()))
+            else:
+                self._ingress_problem = ""
+                self._ingress_addresses = addresses
+                self.plane.tell(Reach(host, port, addresses))
+            self._ingress_host = host
+            with trio.move_on_after(delay):
+                await self._resolve_now.wait()
+
+    def _ingress_address(self) -> tuple[str, int]:
+        """Host and port: configured, else what the API said, else ngrok's."""
+        for text in (self.settings.ingress.address, self.discovery.known.ingress_endpoint):
+            # What the API said was checked when it came; what stood in a file may have been damaged since.
+            with contextlib.suppress(ValueError):
+                if text:
+                    return config.split_address(text, config.INGRESS_PORT)
+        return config.split_address(DEFAULT_INGRESS, config.INGRESS_PORT)
+
+    def _ingress_endpoint(self) -> str:
+        return config.join_address(*self._ingress_address())
+
+    # Commands
+
+    async def _status_command(self, _arguments: list[str], _peer: Peer | None) -> dict[str, object]:
+        return self.status()
+
+    async def _list_command(self, _arguments: list[str], _peer: Peer | None) -> list[dict[str, object]]:
+        return reconcile.rows(self.discovery.known.desired)
+
+    async def _version_command(self, _arguments: list[str], _peer: Peer | None) -> dict[str, object]:
+        return {"version": __version__, "python": sys.version.split()[0], "pid": os.getpid()}
+
+    async def _health_command(self, _arguments: list[str], _peer: Peer | None) -> dict[str, object]:
+        return status_document(self.health(), self.endpoint_health())
+
+    async def _refresh_command(self, _arguments: list[str], _peer: Peer | None) -> str:
+        await self._round()
+        known = self.discovery.known
+        if known.problem:
+            raise ControlError(known.problem, code=Exit.UNREACHABLE, remedy=known.remedy)
+        return f"{len(known.desired.services)} endpoints are served"
+
+    async def _refresh_cert_command(self, arguments: list[str], _peer: Peer | None) -> str:
+        force = "--force" in arguments
+        self.discovery.refresh_certificate(force=force)
+        await self._round()
+        known = self.discovery.known
+        problem = known.renewal_problem or known.problem
+        if problem:
+            raise ControlError(f"the certificate was not renewed: {problem}", code=Exit.UNREACHABLE)
+        if force:
+            return "Certificate renewal forced (check daemon logs)"
+        return "Certificate refresh triggered (check daemon logs)"
+
+    async def _set_api_key_command(self, arguments: list[str], _peer: Peer | None) -> str:
+        key = arguments[0].strip() if arguments else ""
+        if not key:
+            raise ControlError("API key required", code=Exit.USAGE)
+        problem = config.key_problem(key)
+        if problem:
+            raise ControlError(f"that cannot be an API key: it {problem}", code=Exit.USAGE)
+        if self._key.locked:
+            raise PermissionMissingError(
+                f"the API key comes from {self._key.source}, so it is changed there",
+                remedy="change that file and send SIGHUP, or remove it from the configuration",
+            )
+        await self._api.check_key(Secret(key))
+        path = config.stored_key_path(self.settings)
+        await self.machine.run_sync(files.atomic_write, path, key.encode(), 0o600)
+        self._find_key()
+        await self._round()
+        known = self.discovery.known
+        if known.problem:
+            raise ControlError(f"the key was stored, but: {known.problem}", code=Exit.UNREACHABLE, remedy=known.remedy)
+        return "API key set successfully"
+
+    async def _round(self) -> None:
+        """Have the API asked now, and wait for the outcome a while."""
+        with trio.move_on_after(COMMAND_WAIT_S):
+            await self.discovery.ask_now()
+
+    def _find_key(self) -> None:
+        self._key = config.resolve_api_key(self.settings, self._environ)
+        for text in (self._key.problem, self._key.warning):
+            if text:
+                log.warning("%s", text)
+
+    async def _reload_command(self, _arguments: list[str], _peer: Peer | None) -> dict[str, object]:
+        """Read the configuration again. A wrong one changes nothing."""
+        if self._reload is None:
+            raise ControlError("this daemon has no configuration to read again")
+        self._notifier.reloading()
+        try:
+            fresh = self._reload()
+        except ConfigError as error:
+            log.error("the configuration was not reloaded:\n%s", error)
+            raise
+        finally:
+            self._notifier.ready()
+        live, restart = config.reloadable(self.settings, fresh)
+        self.settings = self.discovery.settings = config.merge_live(self.settings, fresh)
+        if self._log_control is not None:
+            self._log_control.set_level(self.settings.log.level)
+            self._log_control.set_format(self.settings.log.format)
+        self._find_key()
+        self._tell_anchors()
+        self._tell_sources()
+        self._resolve_now.set()
+        self.discovery.poke()
+        log.info("configuration reloaded; changed: %s", ", ".join(live) or "nothing")
+        if restart:
+            log.warning("these changes need a restart: %s", ", ".join(restart))
+        return {"changed": list(live), "needs_restart": list(restart)}
+
+    # What it says of itself
+
+    @property
+    def state(self) -> str:
+        """One word: starting, waiting_for_key, ready, degraded or stopping."""
+        known = self.discovery.known
+        if self._stopping.is_set():
+            return "stopping"
+        if known.waiting_for_key:
+            return "waiting_for_key"
+        if not self.ready.is_set():
+            return "starting"
+        return "degraded" if known.problem or known.hosts_problem or self._ingress_problem else "ready"
+
+    @property
+    def is_ready(self) -> bool:
+        """The ready line was printed, and the daemon is not stopping."""
+        return self.ready.is_set() and not self._stopping.is_set()
+
+    def health(self) -> Health:
+        """How we are, for probes."""
+        return Health(
+            endpoints=len(self.discovery.known.desired.services),
+            ready=self.is_ready,
+            started_at=self._started_wall,
+            uptime_s=trio.current_time() - self._started_at,
+        )
+
+    def endpoint_health(self) -> dict[str, EndpointHealth]:
+        """Each service by the id of the endpoint that stands for it."""
+        answer: dict[str, EndpointHealth] = {}
+        for service in self.discovery.known.desired.services:
+            endpoint = service.endpoint
+            seen = self.traffic.of(endpoint.host, endpoint.port)
+            answer[endpoint.id] = EndpointHealth(
+                name=endpoint.host,
+                local_address=f"{service.address}:{endpoint.port}",
+                target_uri=endpoint.url,
+                connections=seen.live,
+                total_connections=seen.total,
+                last_activity=seen.last_activity,
+                errors=seen.errors,
+            )
+        return answer
+
+    def status(self) -> dict[str, object]:
+        """What `status` answers: the Go daemon's fields, then ours. No secret is in it."""
+        known, net = self.discovery.known, self.settings.net
+        credentials = known.credentials
+        answer: dict[str, object] = {
+            "registered": bool(known.operator_id),
+            "endpoint_count": len(known.desired.services),
+            "ingress_endpoint": self._ingress_endpoint(),
+        }
+        if known.operator_id:
+            answer["operator_id"] = known.operator_id
+        return answer | {
+            "state": self.state,
+            "version": __version__,
+            "pid": os.getpid(),
+            "started_at": self._started_wall,
+            "uptime_s": round(trio.current_time() - self._started_at, 3),
+            "interface": self.plane.network.device.name,
+            "subnet": net.subnet,
+            "api": {
+                "url": self.settings.api.url,
+                "key_source": self._key.source,
+                "key_problem": self._key.problem,
+                "waiting_for_key": known.waiting_for_key,
+                "auth_failed": known.auth_failed,
+                "polled_at": known.polled_at,
+                "tried_at": known.tried_at,
+                "problem": known.problem,
+                "remedy": known.remedy,
+            },
+            "certificate": {
+                "not_before": credentials.not_before if credentials else 0,
+                "not_after": credentials.not_after if credentials else 0,
+                "problem": known.renewal_problem,
+            },
+            "ingress": {
+                "endpoint": self._ingress_endpoint(),
+                "addresses": list(self._ingress_addresses),
+                "problem": self._ingress_problem or self.traffic.last_ingress_problem,
+            },
+            "hosts": {
+                "enabled": self.settings.hosts.enabled,
+                "path": self.settings.hosts.path,
+                "problem": known.hosts_problem,
+            },
+            "skipped": [{"id": one.id, "url": one.url, "reason": one.reason} for one in known.desired.skipped],
+            "without_address": list(known.desired.without_address),
+            "from_last_known": known.from_last_known,
+            "flows": self.plane.flow_count,
+            "counters": self.plane.counters(),
+        }
+
+
+@contextlib.contextmanager
+def state_lock(directory: str) -> Iterator[None]:
+    """Hold the state directory for this process. Raises TakenError naming who has it, StateError."""
+    files.ensure_private_directory(directory)
+    with files.Lock(os.path.join(directory, "lock"), "ngrokd"):
+        yield
+
+
+def _read_ca(key: str, path: str) -> bytes:
+    """The PEM text of a configured CA file. Raises ConfigError: a missing anchor must not go unnoticed."""
+    if not path:
+        return b""
+    try:
+        return files.read_limited(path, MAX_CA_BYTES)
+    except (FileNotFoundError, StateError) as error:
+        raise ConfigError(
+            f"{key}: cannot read {path}: {error}", remedy="put the CA's certificate there, as PEM"
+        ) from None
+
+
+def _directory_certificates(directory: str) -> Iterator[bytes]:
+    """The files of a directory of CA certificates. What cannot be read there is skipped: it adds trust, no more."""
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError:
+        return
+    for name in names:
+        with contextlib.suppress(FileNotFoundError, StateError):
+            yield files.read_limited(os.path.join(directory, name), MAX_CA_BYTES) + b"\n"
+
+
+def _only_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The one error of a group that came from one place; else the group."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error

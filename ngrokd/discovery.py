@@ -1,0 +1,504 @@
+"""Poll, plan, apply, publish: how what ngrok knows becomes true on this machine.
+
+Theory of operation
+-------------------
+One task, `Discovery.run`, goes round and round: make sure there is an identity (register, renew), list the bound
+endpoints, let `names.reconcile.plan` decide what should be, apply the difference. Everything it learns stands in
+`Knowledge`, which others read and nobody else writes.
+
+The order of applying never shows a name whose path does not work:
+
+    adding     save the addresses, publish to the data plane, write the hosts file
+    removing   write the hosts file, publish to the data plane
+    both       save, publish old and new together, write the hosts file, publish the new
+
+What it refuses to do: give up. Every expected error (`ApiError`, a file that cannot be written) leaves what was last
+good in place, is written down where `status` shows it, and is tried again. Only a defect of ours gets out of `run`.
+
+Deciding is fast but not free: 65,000 endpoints take a good part of a second. So the pure parts run where `run_sync`
+runs them, which is a thread in the daemon and nothing at all under a simulated clock, and a listing that is the same
+as the last is not looked at again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from ipaddress import IPv4Network
+from typing import Any, Final, Protocol
+
+import trio
+
+from ngrokd import files
+from ngrokd.cloud.api import KeyRefusedError, NgrokApi, Operator, OperatorGoneError, trouble_of
+from ngrokd.cloud.backoff import Backoff, Trouble
+from ngrokd.cloud.identity import (
+    BadPair,
+    IdentityStore,
+    Step,
+    StoredIdentity,
+    credentials_of,
+    new_key_and_csr,
+    next_step,
+)
+from ngrokd.config import Settings
+from ngrokd.endpoints import Credentials
+from ngrokd.errors import ApiError, StateError
+from ngrokd.host.hostsfile import HostsFileError, edit_hosts, fingerprint, read_hosts
+from ngrokd.names import hosts, reconcile
+from ngrokd.names.addresses import AddressPool
+from ngrokd.names.directory import Directory
+from ngrokd.names.reconcile import Desired, Plan
+
+log = logging.getLogger("ngrokd.discovery")
+
+MAPPINGS: Final = "ip_mappings.json"
+ADDRESSES: Final = "addresses.json"
+ENDPOINTS: Final = "endpoints.json"
+# 65,000 endpoints are 10 MB; what is larger was not written by us.
+MAX_STATE_BYTES: Final = 128 << 20
+# An answer that takes everything away is asked for again this soon before it is believed.
+CONFIRM_S: Final = 5.0
+# A hosts file that could not be written (full disk, read-only for a moment) is tried again this often.
+HOSTS_RETRY_S: Final = 30.0
+# How long a shutdown waits for the deletion of an operator that could not be saved.
+TAKE_BACK_S: Final = 5.0
+
+
+class RunSync(Protocol):
+    """Runs a function that takes its time, and gives its result: in a thread, or right here."""
+
+    async def __call__(self, function: Callable[..., Any], /, *args: Any) -> Any:  # Any: it passes through
+        """Run `function(*args)`."""
+        ...
+
+
+@dataclass(slots=True)
+class Knowledge:
+    """What the daemon knows of ngrok, for `status`, health and the ready line. Times are wall clock, 0 is never.
+
+    Attributes:
+        waiting_for_key: there is no API key to work with.
+        operator_id: ours, "" before registration.
+        ingress_endpoint: HOST:PORT as the API gave it, "" when it gave none.
+        credentials: the client certificate in use.
+        desired: what is served (and named, unless `hosts_problem`).
+        polled_at: when a poll last succeeded.
+        tried_at: when the API was last asked.
+        problem: what the API (or the state directory) last refused, "" when all is well; `remedy` goes with it.
+        auth_failed: the API does not accept the key.
+        hosts_problem: why the names are not in the hosts file, "" when they are.
+        renewal_problem: why the certificate could not be renewed, "" when it could or need not.
+        from_last_known: what is served was read from disk and not yet confirmed.
+    """
+
+    waiting_for_key: bool = False
+    operator_id: str = ""
+    ingress_endpoint: str = ""
+    credentials: Credentials | None = None
+    desired: Desired = field(default_factory=Desired)
+    polled_at: float = 0.0
+    tried_at: float = 0.0
+    problem: str = ""
+    remedy: str = ""
+    auth_failed: bool = False
+    hosts_problem: str = ""
+    renewal_problem: str = ""
+    from_last_known: bool = False
+    polls: int = 0
+    failures: int = 0
+
+
+class Discovery:
+    """The loop. Give it what it needs and `run` it.
+
+    Args:
+        settings: the configuration; `settings` may be assigned later to change what can change live.
+        api: the client of ngrok's API.
+        store: the identity on disk.
+        has_key: whether there is an API key now.
+        publish: tells the data plane what to serve.
+        use: tells the data plane which certificate to present.
+        reach: called when the API names an ingress endpoint.
+        wall: the wall clock.
+        run_sync: see `RunSync`.
+        machine_names: what this machine calls itself.
+        rng: for jitter.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        api: NgrokApi,
+        store: IdentityStore,
+        *,
+        has_key: Callable[[], bool],
+        publish: Callable[[Directory], None],
+        use: Callable[[Credentials], None],
+        reach: Callable[[str], None],
+        wall: Callable[[], float],
+        run_sync: RunSync,
+        machine_names: Sequence[str] = (),
+        rng: random.Random | None = None,
+    ) -> None:
+        self.settings = settings
+        self.known = Knowledge()
+        self._api = api
+        self._store = store
+        self._has_key = has_key
+        self._publish = publish
+        self._use = use
+        self._reach = reach
+        self._wall = wall
+        self._run_sync = run_sync
+        self._machine_names = tuple(machine_names)
+        self._backoff = Backoff()
+        self._rng = rng or random.Random()
+        self._identity = StoredIdentity()
+        self._pool: AddressPool
+        self._listing: list[object] | None = None
+        self._saved_generation = -1
+        self._endpoints_saved = False
+        self._hosts_print: tuple[int, ...] = ()
+        self._confirming = False
+        self._force_renewal = False
+        self._ingress_known = False
+        self._asking = False
+        self._wanted = trio.Event()
+        self._round_over = trio.Event()
+        self.first_success = trio.Event()
+
+    # What others ask for
+
+    def poke(self) -> None:
+        """Ask the API now, whatever the timer says. A new API key, `refresh` and a wake from sleep end here."""
+        self._backoff.reset()
+        self._wanted.set()
+
+    async def ask_now(self) -> None:
+        """Ask the API now and wait until that is over, well or not. Cancelled, the asking goes on."""
+        over = self._round_over
+        self.poke()
+        if self._asking:  # what is under way may have begun before the caller's change
+            await over.wait()
+            over = self._round_over
+        await over.wait()
+
+    def refresh_certificate(self, *, force: bool) -> None:
+        """Look at the certificate now; renew it when it is due, or in any case."""
+        self._force_renewal = self._force_renewal or force
+        self.poke()
+
+    # Start
+
+    async def restore(self) -> None:
+        """Take over what the state directory holds: addresses, identity, and the last known endpoints.
+
+        Never fails for damaged files: what cannot be read is logged and made anew.
+        """
+        directory = self.settings.state.directory
+        self._pool = AddressPool.load(self.settings.net.subnet, self._read(MAPPINGS), self._read(ADDRESSES))
+        for problem in self._pool.problems:
+            log.warning("%s", problem)
+        self._adopt(self._store.load())
+        last = reconcile.load_endpoints(self._read(ENDPOINTS))
+        if last.problem:
+            log.warning("%s", last.problem)
+        self.known.ingress_endpoint = last.ingress_endpoint
+        if last.listing:
+            self._listing = None
+            self.known.from_last_known = True
+            log.info("serving the %d endpoints last known in %s until the API answers", len(last.listing), directory)
+            await self._apply(await self._run_sync(self._plan, list(last.listing), True))
+
+    def _read(self, name: str) -> bytes | None:
+        path = os.path.join(self.settings.state.directory, name)
+        try:
+            return files.read_limited(path, MAX_STATE_BYTES)
+        except FileNotFoundError:
+            return None
+        except StateError as error:
+            log.warning("%s; going on without it", error)
+            return None
+
+    def _adopt(self, identity: StoredIdentity) -> None:
+        for note in identity.notes:
+            log.warning("%s", note)
+        self._identity = identity
+        self.known.operator_id = identity.operator_id
+        if identity.credentials is not None:
+            self.known.credentials = identity.credentials
+            self._use(identity.credentials)
+
+    # The loop
+
+    async def run(self) -> None:
+        """Poll until cancelled. `restore` comes first."""
+        while True:
+            self._wanted = trio.Event()
+            self._asking = True
+            delay = await self._round()
+            self._asking = False
+            if self.known.polled_at:
+                self.first_success.set()
+            self._round_over.set()
+            self._round_over = trio.Event()
+            with trio.move_on_after(delay):
+                await self._wanted.wait()
+
+    async def _round(self) -> float:
+        """One poll. Returns how long to wait before the next, in seconds."""
+        known = self.known
+        known.waiting_for_key = not self._has_key()
+        if known.waiting_for_key:
+            return math.inf
+        known.tried_at = self._wall()
+        known.polls += 1
+        started = trio.current_time()
+        try:
+            await self._ensure_identity()
+            await self._look_at_operator()
+            listing = await self._api.bound_endpoints(known.operator_id)
+        except (ApiError, StateError) as error:
+            return self._failed(error, trio.current_time() - started)
+        self._backoff.reset()
+        if known.problem:
+            log.info("the API answers again")
+        known.problem = known.remedy = ""
+        known.auth_failed = False
+        return await self._take(listing)
+
+    def _failed(self, error: ApiError | StateError, took_s: float) -> float:
+        """Write down what went wrong. Returns how long to wait, in seconds."""
+        known = self.known
+        known.failures += 1
+        known.auth_failed = isinstance(error, KeyRefusedError)
+        if str(error) != known.problem:
+            log.warning("%s%s", error, f"; {error.remedy}" if error.remedy else "")
+        known.problem, known.remedy = str(error), error.remedy
+        if isinstance(error, OperatorGoneError) and known.operator_id:
+            # The operator was deleted at ngrok. The next round registers another one; addresses and names stay.
+            log.warning("operator %s is gone at ngrok; registering again", known.operator_id)
+            self._identity = replace(self._identity, operator_id="")
+            known.operator_id = ""
+            return min(self.settings.api.poll_interval_s, 1.0)
+        return self._backoff.next_delay(
+            trio.current_time(),
+            self._rng,
+            trouble=trouble_of(error) if isinstance(error, ApiError) else Trouble.PASSING,
+            retry_after_s=error.retry_after_s if isinstance(error, ApiError) else None,
+            took_s=took_s,
+        )
+
+    # Identity
+
+    async def _ensure_identity(self) -> None:
+        """Register or renew where that is due.
+
+        A renewal that fails is not fatal while the old certificate holds: the endpoints are listed all the same.
+        """
+        decision = next_step(self._identity, self._wall(), force=self._force_renewal)
+        if decision.step is Step.USE:
+            return
+        log.info("%s", decision.reason)
+        self._store.check_writable()
+        key_pem, csr_pem = await self._run_sync(new_key_and_csr)
+        if decision.step is Step.REGISTER:
+            operator = await self._api.register(csr_pem, self.settings.api.selectors)
+        else:
+            try:
+                operator = await self._api.renew(self._identity.operator_id, csr_pem)
+            except ApiError as error:
+                if not decision.usable or isinstance(error, KeyRefusedError | OperatorGoneError):
+                    raise
+                log.warning("the certificate could not be renewed: %s", error)
+                self.known.renewal_problem = str(error)
+                return
+        try:
+            credentials = credentials_of(key_pem, operator.certificate_pem)
+            await self._run_sync(self._store.save, operator.id, credentials)
+        except (StateError, BadPair) as error:
+            if decision.step is Step.REGISTER:
+                await self._take_back(operator.id)
+            if isinstance(error, BadPair):
+                raise ApiError(f"ngrok's answer holds no certificate for our key: {error}") from error
+            raise
+        self._force_renewal = False
+        self.known.renewal_problem = ""
+        self._adopt(StoredIdentity(operator.id, credentials))
+        log.info("operator %s, certificate valid until %s", operator.id, _day(credentials.not_after))
+        self._learn_ingress(operator)
+
+    async def _look_at_operator(self) -> None:
+        """Once per start: ask where the ingress is, which registering and renewing would have told."""
+        if not self._ingress_known:
+            self._learn_ingress(await self._api.get_operator(self.known.operator_id))
+
+    def _learn_ingress(self, operator: Operator) -> None:
+        self._ingress_known = True
+        if operator.ingress_endpoint and operator.ingress_endpoint != self.known.ingress_endpoint:
+            self.known.ingress_endpoint = operator.ingress_endpoint
+            self._reach(operator.ingress_endpoint)
+
+    async def _take_back(self, operator_id: str) -> None:
+        """An operator that nobody remembers would stay at ngrok for ever."""
+        try:
+            await self._api.delete_operator(operator_id)
+        except ApiError as error:
+            log.warning(
+                "operator %s was registered, could not be saved and could not be deleted: %s", operator_id, error
+            )
+
+    # Endpoints
+
+    async def _take(self, listing: list[object]) -> float:
+        known = self.known
+        interval = self.settings.api.poll_interval_s
+        if listing != self._listing or self._confirming or not await self._run_sync(self._undisturbed):
+            plan = await self._run_sync(self._plan, listing, self._confirming)
+            if plan.confirm:
+                log.warning("the API lists no endpoints any more; asking again before they go")
+                self._confirming = True
+                return min(CONFIRM_S, interval)
+            self._confirming = False
+            await self._apply(plan)
+            self._listing = listing
+        known.polled_at = self._wall()
+        known.from_last_known = False
+        return min(interval, HOSTS_RETRY_S) if known.hosts_problem else interval
+
+    def _undisturbed(self) -> bool:
+        """Whether the same listing would lead to the same state: nobody touched the hosts file, nothing is owed."""
+        if self.known.hosts_problem or self.known.desired.without_address:
+            return False
+        if not self.settings.hosts.enabled:
+            return True
+        try:
+            return fingerprint(self.settings.hosts.path) == self._hosts_print
+        except HostsFileError:
+            return False
+
+    def _plan(self, listing: list[object], confirmed: bool = False) -> Plan:
+        settings = self.settings
+        survey = None
+        if settings.hosts.enabled:
+            try:
+                text = read_hosts(settings.hosts.path)
+            except HostsFileError as error:
+                log.warning("%s", error)
+            else:
+                survey = hosts.survey(text, settings.net.interface, subnet=IPv4Network(settings.net.subnet))
+        refused = reconcile.denied(
+            machine=self._machine_names,
+            servers=_servers(settings, self.known.ingress_endpoint),
+            hosts=survey,
+            instance=settings.net.interface,
+        )
+        return reconcile.plan(
+            self.known.desired,
+            listing,
+            self._pool,
+            refused,
+            self._wall(),
+            confirmed=confirmed,
+            limit=settings.limits.endpoints,
+        )
+
+    async def _apply(self, plan: Plan) -> None:
+        """Make the plan true, in the order of the module's theory.
+
+        Orders to the data plane are given here, on the loop; files are written where `run_sync` runs.
+        """
+        known, before, after = self.known, self.known.desired, plan.desired
+        if plan:
+            log.info("endpoints: %s", plan.summary())
+        for skipped in set(after.skipped).difference(before.skipped):
+            log.warning("not served: %s %s: %s", skipped.id, skipped.url, skipped.reason)
+        if after.without_address and after.without_address != before.without_address:
+            log.error("%s", self._pool.shortage())
+        await self._run_sync(self._save_addresses)
+        if plan.added or plan.changed:
+            self._publish(await self._run_sync(_union, before, after))
+        known.desired = after
+        await self._run_sync(self._write_hosts)
+        self._publish(after.directory)
+        if plan or known.from_last_known or not self._endpoints_saved:
+            await self._run_sync(self._save_endpoints)
+
+    def _save_addresses(self) -> None:
+        if self._pool.generation != self._saved_generation:
+            saved = self._save(MAPPINGS, self._pool.dump_json, mode=0o644)
+            if self._save(ADDRESSES, self._pool.dump_state_json) and saved:
+                self._saved_generation = self._pool.generation
+
+    def _save_endpoints(self) -> None:
+        known = self.known
+        self._endpoints_saved = self._save(
+            ENDPOINTS, lambda: reconcile.dump_endpoints(known.desired, self._wall(), known.ingress_endpoint)
+        )
+
+    def _save(self, name: str, dump: Callable[[], bytes], mode: int = 0o600) -> bool:
+        path = os.path.join(self.settings.state.directory, name)
+        try:
+            files.atomic_write(path, dump(), mode)
+        except StateError as error:
+            # In memory everything is right; the next change writes it all again.
+            log.error("%s", error)
+            return False
+        return True
+
+    # The hosts file
+
+    def _write_hosts(self) -> None:
+        settings, known = self.settings, self.known
+        if not settings.hosts.enabled:
+            return
+        entries = known.desired.hosts_entries()
+        try:
+            edit_hosts(settings.hosts.path, lambda text: self._rendered(text, entries))
+            self._hosts_print = fingerprint(settings.hosts.path)
+        except HostsFileError as error:
+            if str(error) != known.hosts_problem:
+                log.warning("%s%s", error, f"; {error.remedy}" if error.remedy else "")
+            known.hosts_problem = str(error)
+        else:
+            known.hosts_problem = ""
+
+    def _rendered(self, text: bytes, entries: Sequence[tuple[Any, str]]) -> bytes:
+        settings = self.settings
+        return hosts.render(text, entries, settings.net.interface, subnet=IPv4Network(settings.net.subnet))
+
+    def withdraw(self) -> None:
+        """Take our names out of the hosts file: the first act of stopping, the last of a start that failed."""
+        settings = self.settings
+        if not settings.hosts.enabled:
+            return
+        try:
+            edit_hosts(settings.hosts.path, lambda text: self._rendered(text, ()))
+        except HostsFileError as error:
+            log.error("the names stay in the hosts file: %s%s", error, f"; {error.remedy}" if error.remedy else "")
+
+
+def _day(wall: float) -> str:
+    return f"{datetime.fromtimestamp(wall, UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def _servers(settings: Settings, ingress_endpoint: str) -> list[str]:
+    """Host names that the daemon itself must reach, and so must not take over."""
+    url = settings.api.url.partition("://")[2]
+    return [_host(text) for text in (url, settings.ingress.address, ingress_endpoint) if text]
+
+
+def _host(address: str) -> str:
+    return address.rpartition(":")[0].strip("[]") if ":" in address else address
+
+
+def _union(before: Desired, after: Desired) -> Directory:
+    """Everything that either serves; where both serve, what will be."""
+    entries = {(s.address, s.endpoint.port): s.endpoint for s in (*before.services, *after.services)}
+    return Directory((address, endpoint) for (address, _), endpoint in entries.items())
