@@ -39,6 +39,7 @@ SUBNETS: Final = tuple(f"10.{second}.0.0/16" for second in range(107, 128))
 READY_WITHIN_S: Final = 30.0
 STOP_WITHIN_S: Final = 10.0  # from SIGTERM to SIGKILL; the demo's flows drain for a second
 LOG_LINES: Final = 12
+INTERRUPTED: Final = 130  # before the self-check was done: 128 + SIGINT, as a shell says it
 PR_SET_PDEATHSIG: Final = 1  # prctl.h
 
 
@@ -91,6 +92,7 @@ class _Demo:
         self._out = sys.stderr if context.as_json else sys.stdout
         self._log = directory / "daemon.log"
         self._interrupted = False
+        self._checked = False
         self._failure: StepFailed | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -111,6 +113,8 @@ class _Demo:
             self._failure = error
         failure = self._failure
         code = failure.code if failure else int(not all(step.ok for step in self._steps))
+        if self._interrupted and not self._checked:
+            code = code or INTERRUPTED
         if self._context.as_json:
             if failure:
                 self._context.print_failure(failure.code, str(failure), failure.remedy)
@@ -167,6 +171,7 @@ class _Demo:
             try:  # here, before the lab's nursery makes a group of it
                 async with self._daemon(config) as daemon:
                     await self._check()
+                    self._checked = True
                     if not self._once:
                         await self._leave_running(daemon)
             except StepFailed as error:

@@ -485,7 +485,7 @@ def nearest(word: str, words: Sequence[str] | Mapping[str, object]) -> str:
     """The word that `word` was probably meant to be, or ""."""
     from difflib import get_close_matches  # only a mistake pays for it
 
-    found = get_close_matches(word[:100].lower(), list(words), n=1, cutoff=0.7)
+    found = get_close_matches(word[:100].lower(), list(words), n=1, cutoff=0.6)
     return found[0] if found else ""
 
 

@@ -233,15 +233,15 @@ class WebServer:
             return http1.Response.text(421, "misdirected request: ask for localhost\n")
         return await self._routes(request)
 
-    async def _healthy(self, request: http1.Request) -> http1.Response:
+    async def _healthy(self, _request: http1.Request) -> http1.Response:
         healthy = self._health().healthy
         return http1.Response.text(200 if healthy else 503, "healthy\n" if healthy else "unhealthy\n")
 
-    async def _ready(self, request: http1.Request) -> http1.Response:
+    async def _ready(self, _request: http1.Request) -> http1.Response:
         ready = self._health().ready
         return http1.Response.text(200 if ready else 503, "ready\n" if ready else "not ready\n")
 
-    async def _status(self, request: http1.Request) -> http1.Response:
+    async def _status(self, _request: http1.Request) -> http1.Response:
         return http1.Response.json(200, status_document(self._health(), self._endpoints()))
 
 

@@ -1,0 +1,179 @@
+"""The group of all commands, loaded on use, and the boundary where every error becomes a line and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any, Final
+
+import click
+
+from ngrokd import __version__
+from ngrokd.ask import RemoteError
+from ngrokd.cli.context import Context, common_options
+from ngrokd.cli.output import print_error, wants_colour
+from ngrokd.errors import Exit, NgrokdError
+
+# name -> (module, attribute, what it does in one line). The lines stand here so that --help imports nothing.
+COMMANDS: Final = {
+    "run": ("ngrokd.cli.run", "run", "Run the daemon in the foreground."),
+    "demo": ("ngrokd.cli.demo", "demo", "Try everything with a made-up ngrok on this machine."),
+    "status": ("ngrokd.cli.status", "status", "Show how the daemon is."),
+    "list": ("ngrokd.cli.status", "list_endpoints", "List the endpoints and their addresses here (ls)."),
+    "health": ("ngrokd.cli.status", "health", "Check whether the daemon serves; exit 0 or 1."),
+    "set-api-key": ("ngrokd.cli.key", "set_api_key", "Give the daemon an API key, and store it."),
+    "refresh": ("ngrokd.cli.refresh", "refresh", "Ask ngrok for the endpoints now."),
+    "refresh-cert": ("ngrokd.cli.refresh", "refresh_cert", "Renew the client certificate if it is due."),
+    "version": ("ngrokd.cli.version", "version", "Print versions."),
+    "help": ("ngrokd.cli.version", "show_help", "Print help, on a command where one is named."),
+}
+ALIASES: Final = {"ls": "list"}
+INTERRUPTED: Final = 130  # 128 + SIGINT, as a shell says it
+
+# The Go daemon's flags have one dash or two; as click reads it, "-config=F" would be "-c onfig=F".
+_GO_FLAG: Final = re.compile(r"-(config|version|help|socket|json)(=.*)?", re.DOTALL)
+
+
+class LazyGroup(click.Group):
+    """Commands that are imported when they are used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click calls it so
+        """The names, in the order of the table."""
+        return [name for name, (module, _, _) in COMMANDS.items() if find_spec(module) is not None]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one command."""
+        name = ALIASES.get(cmd_name, cmd_name)
+        if name not in self.list_commands(ctx):
+            return None
+        module, attribute, _ = COMMANDS[name]
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; an unknown one is a usage error that names the nearest."""
+        command = self.get_command(ctx, args[0])
+        if command is None and not args[0].startswith("-"):
+            from difflib import get_close_matches
+
+            near = get_close_matches(args[0], [*self.list_commands(ctx), *ALIASES], n=1)
+            raise click.UsageError(
+                f"there is no command {args[0]!r}" + (f" (did you mean {near[0]!r}?)" if near else ""), ctx
+            )
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands from the table, importing none."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name][2]) for name in self.list_commands(ctx)])
+
+
+def _print_version(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        click.echo(f"ngrokd version {__version__}")
+        ctx.exit()
+
+
+@click.group(
+    cls=LazyGroup,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Options may stand before or after the command. Exit codes: 0 ok, 1 a check said no, 2 usage, "
+    "3 not running, 69 unreachable, 70 internal, 73 taken, 75 try again, 77 not permitted, 78 configuration.",
+)
+@common_options
+@click.option(
+    "-V",
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Print the version.",
+)
+@click.pass_context
+def group(ctx: click.Context) -> int | None:
+    """Reach ngrok's kubernetes-bound endpoints by name from any program on this machine.
+
+    Start the daemon with "sudo ngrokd run", give it a key with "sudo ngrokd set-api-key", and look with
+    "ngrokd status" and "ngrokd list". Without a command, ngrokd runs the daemon.
+    """
+    if ctx.invoked_subcommand is not None:
+        return None
+    context = ctx.find_object(Context)
+    assert context is not None, "invoke() made one"
+    if context.program == "ngrokctl":
+        click.echo(ctx.get_help())
+        return None
+    run = group.get_command(ctx, "run")
+    assert run is not None
+    result = ctx.invoke(run)
+    assert result is None or isinstance(result, int)
+    return result
+
+
+def normalise(arguments: Sequence[str]) -> list[str]:
+    """The Go daemon's single-dash flags with two dashes; what follows "--" is left alone."""
+    end = list(arguments).index("--") if "--" in arguments else len(arguments)
+    return [
+        f"-{argument}" if index < end and _GO_FLAG.fullmatch(argument) else argument
+        for index, argument in enumerate(arguments)
+    ]
+
+
+def invoke(program: str, arguments: Sequence[str]) -> int:
+    """Carry out one command line and return its exit code. Nothing is raised but SystemExit of a library."""
+    # Until the options are parsed, an error must know already how to be said.
+    context = Context(program=program, as_json="--json" in arguments, command=_named(arguments))
+    try:
+        result: object = group.main(
+            normalise(arguments), prog_name=program, standalone_mode=False, obj=context, color=wants_colour(sys.stdout)
+        )
+        sys.stdout.flush()
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return Exit.USAGE
+    except click.ClickException as error:
+        hint = f"see: {_command_path(error, program)} --help"
+        return _fail(context, error, Exit.USAGE, error.format_message(), hint)
+    except (click.Abort, KeyboardInterrupt):
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except NgrokdError as error:
+        code = error.code if isinstance(error, RemoteError) else error.exit_code
+        return _fail(context, error, code, str(error), error.remedy)
+    except BrokenPipeError:
+        # The reader has seen enough (`| head`). Without a stdout, Python has nothing to flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # noqa: BLE001 - the outermost boundary: a bug is said in one line too
+        message = f"internal error: {type(error).__name__}: {error}"
+        return _fail(context, error, Exit.INTERNAL, message, "this is a bug; -vv shows where it happened")
+    return result if isinstance(result, int) else 0
+
+
+def _named(arguments: Sequence[str]) -> str:
+    return next((ALIASES.get(word, word) for word in arguments if ALIASES.get(word, word) in COMMANDS), "ngrokd")
+
+
+def _command_path(error: click.ClickException, program: str) -> str:
+    ctx: Any = getattr(error, "ctx", None)  # only some of click's errors have one
+    return str(ctx.command_path) if ctx is not None else program
+
+
+def _fail(context: Context, error: BaseException, code: int, message: str, remedy: str) -> int:
+    if context.verbosity >= 2:
+        traceback.print_exception(error)
+    if context.as_json:
+        context.print_failure(code, message, remedy)
+    else:
+        print_error(message, remedy)
+    return code

@@ -1,0 +1,164 @@
+"""`ngrokd status`, `list` and `health`: what only asks.
+
+The data of these commands is the Go daemon's, with more members; any of ours may be missing, because the daemon that
+answers may be older, newer, or the Go one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import click
+
+from ngrokd.cli.context import Context, command
+from ngrokd.cli.output import ago, clean, fields, paint, print_lines, since, table, terminal_width, wall_time
+from ngrokd.errors import Exit, NotRunningError
+
+_STATES: Final = {  # state of the daemon -> how it reads, and its colour
+    "starting": ("is starting", "yellow"),
+    "waiting_for_key": ("is running and waits for an API key", "yellow"),
+    "running": ("is running", "green"),
+    "degraded": ("is running, with problems", "yellow"),
+    "draining": ("is stopping", "yellow"),
+}
+MAX_SKIPPED_SHOWN: Final = 20
+
+
+@command("status")
+def status(context: Context) -> int:
+    """Show how the daemon is: registration, certificate, interface, endpoints. Exit 3 when it is not running."""
+    try:
+        data = _table(context.ask("status").data)
+    except NotRunningError as error:
+        return _show_stopped(context, error)
+    if context.as_json:
+        context.print_document({"state": "running", **data})
+        return Exit.OK
+    width = terminal_width()
+    print_lines([_headline(data), "", *fields(_facts(data), width), *_skipped(data, width), *_problems(data)])
+    return Exit.OK
+
+
+def _show_stopped(context: Context, error: NotRunningError) -> int:
+    socket = context.socket_path()
+    if context.as_json:
+        context.print_document({"state": "stopped", "registered": False, "endpoint_count": 0, "socket": socket})
+    else:
+        lines = [f"ngrokd is {paint('stopped', 'red')} (nobody answers at {clean(socket)})"]
+        print_lines([*lines, f"  hint: {error.remedy}"])
+    return Exit.NOT_RUNNING
+
+
+def _table(data: object) -> dict[str, Any]:  # Any: another program's JSON; each use looks first
+    return data if isinstance(data, dict) else {}
+
+
+def _headline(data: Mapping[str, Any]) -> str:
+    waits = "running" if data.get("registered", True) else "waiting_for_key"
+    reads, colour = _STATES.get(str(data.get("state", waits)), ("is running", "green"))
+    details = []
+    if isinstance(data.get("pid"), int):
+        details.append(f"pid {data['pid']}")
+    started = wall_time(data.get("started_at"))
+    if started is not None:
+        details.append(f"up {ago(time.time() - started)}")
+    name = f"ngrokd {clean(data['version'])}" if isinstance(data.get("version"), str) else "ngrokd"
+    return f"{name} {paint(reads, colour)}" + (f" ({', '.join(details)})" if details else "")
+
+
+def _facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    api, certificate, net = _table(data.get("api")), _table(data.get("certificate")), _table(data.get("net"))
+    operator = data.get("operator_id") or ""
+    registered = f"yes, as {operator}" if operator else "yes"
+    asked = since(api.get("last_success"))
+    expires = wall_time(certificate.get("not_after"))
+    valid = "" if expires is None else time.strftime("valid until %Y-%m-%d %H:%M UTC", time.gmtime(expires))
+    if expires is not None:
+        valid = f"{valid} ({ago(expires - time.time())} left)" if expires > time.time() else f"{valid}: expired"
+    subnet = f", {net['subnet']}" if net.get("subnet") else ""
+    return [
+        ("Registered", registered if data.get("registered") else "no"),
+        ("API", f"{api.get('url', '')}{f', answered {asked}' if asked else ''}" if api else ""),
+        ("API key", str(api.get("key_source") or "")),
+        ("Certificate", valid),
+        ("Ingress", str(data.get("ingress_endpoint") or "")),
+        ("Interface", f"{net.get('interface', '')}{subnet}" if net else ""),
+        ("Endpoints", _count(data)),
+        ("Flows", str(data["flows"]) if isinstance(data.get("flows"), int) else ""),
+    ]
+
+
+def _count(data: Mapping[str, Any]) -> str:
+    skipped = data.get("skipped")
+    return str(data.get("endpoint_count", 0)) + (f", and {len(skipped)} skipped" if skipped else "")
+
+
+def _skipped(data: Mapping[str, Any], width: int | None) -> list[str]:
+    """The endpoints that cannot be served, and why."""
+    skipped = [entry for entry in data.get("skipped") or [] if isinstance(entry, dict)]
+    if not skipped:
+        return []
+    rows = [(str(entry.get("url") or entry.get("id", "")), str(entry.get("reason", ""))) for entry in skipped]
+    lines = table(("SKIPPED", "REASON"), rows[:MAX_SKIPPED_SHOWN], None if width is None else width - 2)
+    if len(rows) > MAX_SKIPPED_SHOWN:
+        lines.append(f"... and {len(rows) - MAX_SKIPPED_SHOWN} more")
+    return ["", *(f"  {line}" for line in lines)]
+
+
+def _problems(data: Mapping[str, Any]) -> list[str]:
+    problems = [clean(problem) for problem in data.get("problems") or []]
+    return ["", *(f"  {paint('problem:', 'yellow')} {problem}" for problem in problems)] if problems else []
+
+
+@command("list")
+def list_endpoints(context: Context) -> None:
+    """List the endpoints: the URL to use, and the address it has on this machine."""
+    data = context.ask("list").data
+    endpoints = [entry for entry in data if isinstance(entry, dict)] if isinstance(data, list) else []
+    endpoints.sort(key=lambda entry: str(entry.get("url", "")))
+    if context.as_json:
+        context.print_document(endpoints)
+        return
+    if not endpoints:
+        click.echo('no endpoints are served; "ngrokd status" says why', err=True)
+        return
+    rows: list[Sequence[str]] = [(str(entry.get("url", "")), _address(entry), _note(entry)) for entry in endpoints]
+    columns = 3 if any(row[2] for row in rows) else 2
+    heading, *lines = table(("URL", "ADDRESS", "NOTE")[:columns], [row[:columns] for row in rows], terminal_width())
+    print_lines([paint(heading, "dim"), *lines])
+
+
+def _address(entry: Mapping[str, Any]) -> str:
+    host = str(entry.get("ip", ""))
+    return f"[{host}]:{entry.get('port', '')}" if ":" in host else f"{host}:{entry.get('port', '')}"
+
+
+def _note(entry: Mapping[str, Any]) -> str:
+    return "" if entry.get("local_listener", True) else "not served"
+
+
+@command("health")
+@click.option("--ready", "check_ready", is_flag=True, help="Check readiness: the known endpoints are served and named.")
+def health(context: Context, check_ready: bool) -> int:
+    """Check whether the daemon serves at least one endpoint: exit 0 when it does, 1 when not, 3 when it is not running.
+
+    Fit for a container's health check; it needs no HTTP.
+    """
+    data = _table(context.ask("health").data)
+    if context.as_json:
+        context.print_document(data)
+    else:
+        endpoints = _table(data.get("endpoints"))
+        pairs = [
+            ("Healthy", f"{_yes(data.get('healthy'))} ({len(endpoints)} endpoint{'' if len(endpoints) == 1 else 's'})"),
+            ("Ready", _yes(data.get("ready"))),
+            ("Uptime", str(data.get("uptime", ""))),
+        ]
+        print_lines(fields(pairs, terminal_width(), indent=""))
+    return Exit.OK if data.get("ready" if check_ready else "healthy") is True else Exit.NO
+
+
+def _yes(value: object) -> str:
+    return "yes" if value is True else "no"
