@@ -436,7 +436,7 @@ class _Served(HalfCloseableStream):
         if self._held:  # a back end that waits for its client has no bytes to put behind the header
             await self._send(memoryview(b""))
         try:
-            view = await self.stream.receive_view()
+            view = await (self._receive_and_drain() if self.stream.backlog else self.stream.receive_view())
         except StreamTruncated as error:
             raise trio.BrokenResourceError(str(error)) from error
         if max_bytes is not None and len(view) > max_bytes:
@@ -446,6 +446,31 @@ class _Served(HalfCloseableStream):
         self._record.after_handshake += len(view)
         self._record.from_client += len(view)
         return bytes(view)
+
+    async def _receive_and_drain(self) -> memoryview:
+        """Receive while what was sent last is still on its way: nobody else moves the backlog on."""
+        view: memoryview | None = None
+        failure: StreamTruncated | None = None
+
+        async def drain() -> None:
+            nonlocal failure
+            try:
+                await self.stream.drain()
+            except StreamTruncated as error:
+                failure = error
+                nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(drain)
+            try:
+                view = await self.stream.receive_view()
+            except StreamTruncated as error:
+                failure = error
+            nursery.cancel_scope.cancel()
+        if view is not None:
+            return view
+        assert failure is not None
+        raise failure
 
     async def aclose(self) -> None:
         await self.finish()
@@ -480,7 +505,9 @@ class _Served(HalfCloseableStream):
             return
         for start in range(0, len(view), size):
             if self._sliced:
-                await trio.sleep(self._toxics.drip_s)
+                with trio.move_on_after(self._toxics.drip_s):
+                    await self._drain()
+                    await trio.sleep_forever()
             self._sliced = True
             await self._send_whole(view[start : start + size])
 
@@ -495,21 +522,23 @@ class _Served(HalfCloseableStream):
             raise trio.BrokenResourceError(str(error)) from error
         await trio.lowlevel.checkpoint()
 
+    async def _drain(self) -> None:
+        try:
+            await self.stream.drain()
+        except StreamTruncated as error:
+            raise trio.BrokenResourceError(str(error)) from error
+
     async def _do_then(self) -> NoReturn:
         then = self._toxics.then
+        await self._drain()  # what was sent shall be on its way before the end
         if then == "hang":
-            await trio.sleep_forever()
-        if then == "close":
+            await self.swallow()
+        elif then == "close":
             await self.finish()
         elif then in ("cut", "alert"):
-            with suppress(StreamTruncated):
-                await self.stream.drain()
             if then == "alert":
                 await _send(self.stream.transport, _alert(self._toxics.alert))
             await _cut(self.stream.transport)
-        else:  # what was sent shall be on its way before the reset
-            with suppress(StreamTruncated):
-                await self.stream.drain()
         raise _Ended(f"after {self._toxics.after_bytes} bytes: {then}")
 
 

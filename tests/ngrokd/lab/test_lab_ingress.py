@@ -466,3 +466,17 @@ async def test_a_client_that_resets_is_no_error() -> None:
         stream.stream.abort()
         assert "broke" in await world.ended()
         await world.open()
+
+
+async def test_the_last_bytes_arrive_while_the_back_end_waits_for_more() -> None:
+    """Keep-alive: an answer that fills every buffer must not end in the middle because its server reads again."""
+    async with opened() as world:
+        world.ingress.add_route("webs.demo", 5432, backends.Http(), endpoint_id="ep_webs_1", proto="tcp")
+        stream, _ = await world.open("webs.demo")
+        for _ in range(3):
+            await stream.send_all(b"GET /bytes/1000000 HTTP/1.1\r\nHost: webs.demo\r\n\r\n")
+            received = b""
+            with trio.fail_after(20):
+                while received.count(b"\r\n\r\n") == 0 or len(received.partition(b"\r\n\r\n")[2]) < 1_000_000:
+                    received += await stream.receive_some()
+        await stream.aclose()
