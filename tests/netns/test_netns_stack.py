@@ -64,15 +64,15 @@ class World:
         while True:
             try:
                 await self.network.run()
-            except* DeviceError:
+            except DeviceError:
                 self.tun.close()
                 self.tun = self.open(self.tun.offload)
                 self.network.device = self.tun
                 self.reopened.set()
                 self.reopened = trio.Event()
 
-    async def connect(self, address: tuple[str, int] = SERVED) -> trio.SocketStream:
-        client = trio.socket.from_stdlib_socket(self.ns.call(socket.socket))
+    async def connect(self, address: tuple[str, int] = SERVED, *, of: Namespace | None = None) -> trio.SocketStream:
+        client = trio.socket.from_stdlib_socket((of or self.ns).call(socket.socket))
         try:
             await client.connect(address)
         except BaseException:
@@ -354,6 +354,33 @@ async def test_a_flow_survives_the_deletion_of_the_interface(netns: Callable[[],
             deletions += 1
 
     assert received.digest() == sent.digest()
+
+
+async def test_a_neighbour_is_ignored_until_it_is_allowed(netns: Callable[[], Namespace]) -> None:
+    """A host that forwards must not offer its endpoints to the LAN."""
+    ns, neighbour = netns(), netns()
+    ns.run(["ip", "link", "add", "lan0", "type", "veth", "peer", "name", "lan1", "netns", str(neighbour.pid)])
+    ns.run(["ip", "addr", "add", "192.0.2.1/24", "dev", "lan0"])
+    neighbour.run(["ip", "addr", "add", "192.0.2.2/24", "dev", "lan1"])
+    ns.run(["ip", "link", "set", "lan0", "up"])
+    neighbour.run(["ip", "link", "set", "lan1", "up"])
+    neighbour.run(["ip", "route", "add", "10.107.0.0/16", "via", "192.0.2.1"])
+    ns.run(["sh", "-c", "echo 1 >/proc/sys/net/ipv4/ip_forward"])
+    local = frozenset({bytes((10, 107, 0, 1)), bytes((192, 0, 2, 1))})
+
+    async with world(ns, echo) as there:
+        there.stack.set_sources(local)
+        assert await exchange(there, b"from here") == b"from here"
+        with trio.move_on_after(0.3) as scope:
+            await there.connect(of=neighbour)
+        assert scope.cancelled_caught
+        assert len(there.requests) == 1
+        assert sum(there.stack.drops.values()) >= 1
+
+        there.stack.set_sources(local, [(4, 0xC0000200, 0xFFFFFF00)])
+        async with await there.connect(of=neighbour) as stream:
+            await stream.send_all(b"allowed")
+            assert await stream.receive_some() == b"allowed"
 
 
 async def test_ping_is_answered(netns: Callable[[], Namespace]) -> None:
