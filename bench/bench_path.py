@@ -5,10 +5,10 @@
 Everything runs in network and mount namespaces of its own: a control plane (from the lab), an ingress with real TLS 1.3
 and client certificates, the real daemon as its own process, and a peer to compare with: a forwarder as they are usually
 written, with a kernel listener, one TLS dial per connection and two copying threads. Rounds alternate between the
-two, so that what disturbs the machine disturbs both; medians are printed, and the ratio (above 1: the daemon is ahead).
+two, so that what disturbs the machine disturbs both; medians are printed, and the ratio (above 1: the daemon leads).
 
-Ingress and forwarder are blocking Python over OpenSSL, whose work is done in C with the GIL released: for bulk they cost
-what a C program costs, and they are separate processes, but on two cores they share the machine with the daemon.
+Ingress and forwarder are blocking Python over OpenSSL, whose work is done in C with the GIL released: for bulk they
+cost what a C program costs. They are processes of their own, but share the machine's cores with the daemon.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ def serve_ingress_connection(context: ssl.SSLContext, raw: socket.socket) -> Non
         else:
             while data := tls.recv(CHUNK):
                 tls.sendall(data)
+        tls.unwrap()  # close_notify: an end without it is a truncation
 
 
 def read_exactly(stream: socket.socket, count: int) -> bytes:
@@ -143,7 +144,7 @@ def forward(app: socket.socket, context: ssl.SSLContext, name: str) -> None:
             back.start()
             copy(app, tls)
             with contextlib.suppress(OSError):
-                raw.shutdown(socket.SHUT_RDWR)
+                tls.unwrap()
             back.join()
 
 
@@ -159,7 +160,7 @@ def copy(source: socket.socket, target: socket.socket) -> None:
 
 
 def bulk_up(address: tuple[str, int], seconds: float) -> float:
-    """Gbit/s written by one app on one connection; the last second of buffers is counted out by the length of the run."""
+    """Gbit/s written by one app on one connection. What buffers hold at the end is small beside what was sent."""
     block = bytes(CHUNK)
     with socket.create_connection(address) as app:
         end = time.perf_counter() + 0.3
@@ -265,6 +266,7 @@ def daemon(directory: Path, ca: Authority) -> Iterator[str]:
     process = subprocess.Popen(
         [sys.executable, "-m", "ngrokd", "run", "--config", str(config)],
         stdout=subprocess.PIPE,
+        stderr=(directory / "daemon.log").open("wb"),
         text=True,
         cwd=ROOT,
         env=os.environ | {"NGROK_API_KEY": DEFAULT_KEY},
@@ -273,7 +275,7 @@ def daemon(directory: Path, ca: Authority) -> Iterator[str]:
         assert process.stdout is not None
         ready = process.stdout.readline().strip()
         if not ready.startswith("[ready]"):
-            raise SystemExit("the daemon did not become ready; its log is above")
+            raise SystemExit("the daemon did not become ready:\n" + (directory / "daemon.log").read_text())
         yield ready
     finally:
         process.send_signal(signal.SIGTERM)

@@ -80,8 +80,8 @@ class Stage:
         return data
 
     def hosts(self) -> str:
-        """The hosts file inside."""
-        return self.ns.read_file(HOSTS_PATH)
+        """The hosts file inside, its line ends as they are."""
+        return self.ns.call(Path(HOSTS_PATH).read_bytes).decode()
 
     def network(self) -> str:
         """Links, addresses and routes, to compare before and after."""
