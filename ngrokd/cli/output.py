@@ -78,22 +78,24 @@ def ago(seconds: float) -> str:
     return f"{max(0, int(seconds))} s"
 
 
-def wall_time(text: object) -> float | None:
-    """RFC 3339 -> seconds since 1970; None for what is none, and for Go's zero time."""
+def wall_time(value: object) -> float | None:
+    """Seconds since 1970, or RFC 3339 -> seconds since 1970; None for what is neither, for 0 and for Go's zero time."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value) if 0 < value < 253_402_300_800 else None  # the year 10000, which no calendar here knows
+    if not isinstance(value, str):
+        return None
     from datetime import datetime
 
-    if not isinstance(text, str):
-        return None
     try:
-        moment = datetime.fromisoformat(text)
+        moment = datetime.fromisoformat(value)
     except ValueError:
         return None
     return moment.timestamp() if moment.year > 1 and moment.tzinfo is not None else None
 
 
-def since(text: object, now: float | None = None) -> str:
-    """ "12 s ago" of an RFC 3339 time; "" for what is none."""
-    moment = wall_time(text)
+def since(value: object, now: float | None = None) -> str:
+    """ "12 s ago" of what `wall_time` reads; "" for what is none."""
+    moment = wall_time(value)
     return "" if moment is None else f"{ago((time.time() if now is None else now) - moment)} ago"
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 
 import click
-import msgspec
 
 from ngrokd.cli.context import Context, command
+from ngrokd.config import load
 
 
 @command("run")
@@ -21,13 +21,15 @@ def run(context: Context, log_level: str | None = None, log_format: str | None =
     One line starting with "[ready]" is printed on stdout once the endpoints can be reached by name; the log goes to
     stderr. SIGHUP reads the configuration again. With -v the log says more.
     """
-    settings = context.load_settings()
-    level = log_level or ("debug" if context.verbosity else settings.log.level)
-    log = msgspec.structs.replace(settings.log, level=level, format=log_format or settings.log.format)
+    # As variables they hold for every later reading of the file as well.
+    options = {
+        "NGROKD_SOCKET": os.path.abspath(context.socket) if context.socket else None,
+        "NGROKD_LOG_LEVEL": log_level or ("debug" if context.verbosity else None),
+        "NGROKD_LOG_FORMAT": log_format,
+    }
+    environ = {**context.environ, **{name: value for name, value in options.items() if value}}
+    path = os.path.abspath(context.config) if context.config else None
+    settings = load(path, environ)
     from ngrokd.daemon import run_daemon
 
-    return run_daemon(
-        msgspec.structs.replace(settings, log=log),
-        config_path=os.path.abspath(context.config) if context.config else None,
-        environ=context.environ,
-    )
+    return run_daemon(settings, config_path=path, environ=environ)

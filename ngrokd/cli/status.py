@@ -7,7 +7,7 @@ answers may be older, newer, or the Go one.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import click
@@ -19,9 +19,9 @@ from ngrokd.errors import Exit, NotRunningError
 _STATES: Final = {  # state of the daemon -> how it reads, and its colour
     "starting": ("is starting", "yellow"),
     "waiting_for_key": ("is running and waits for an API key", "yellow"),
-    "running": ("is running", "green"),
+    "ready": ("is running", "green"),
     "degraded": ("is running, with problems", "yellow"),
-    "draining": ("is stopping", "yellow"),
+    "stopping": ("is stopping", "yellow"),
 }
 MAX_SKIPPED_SHOWN: Final = 20
 
@@ -34,7 +34,7 @@ def status(context: Context) -> int:
     except NotRunningError as error:
         return _show_stopped(context, error)
     if context.as_json:
-        context.print_document({"state": "running", **data})
+        context.print_document({"state": "ready" if data.get("registered") else "waiting_for_key", **data})
         return Exit.OK
     width = terminal_width()
     print_lines([_headline(data), "", *fields(_facts(data), width), *_skipped(data, width), *_problems(data)])
@@ -56,38 +56,44 @@ def _table(data: object) -> dict[str, Any]:  # Any: another program's JSON; each
 
 
 def _headline(data: Mapping[str, Any]) -> str:
-    waits = "running" if data.get("registered", True) else "waiting_for_key"
-    reads, colour = _STATES.get(str(data.get("state", waits)), ("is running", "green"))
+    otherwise = "ready" if data.get("registered", True) else "waiting_for_key"  # the Go daemon tells no state
+    reads, colour = _STATES.get(str(data.get("state", otherwise)), ("is running", "green"))
     details = []
     if isinstance(data.get("pid"), int):
         details.append(f"pid {data['pid']}")
-    started = wall_time(data.get("started_at"))
-    if started is not None:
-        details.append(f"up {ago(time.time() - started)}")
+    if isinstance(data.get("uptime_s"), (int, float)):
+        details.append(f"up {ago(data['uptime_s'])}")
     name = f"ngrokd {clean(data['version'])}" if isinstance(data.get("version"), str) else "ngrokd"
     return f"{name} {paint(reads, colour)}" + (f" ({', '.join(details)})" if details else "")
 
 
 def _facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
-    api, certificate, net = _table(data.get("api")), _table(data.get("certificate")), _table(data.get("net"))
+    api, hosts = _table(data.get("api")), _table(data.get("hosts"))
     operator = data.get("operator_id") or ""
     registered = f"yes, as {operator}" if operator else "yes"
-    asked = since(api.get("last_success"))
-    expires = wall_time(certificate.get("not_after"))
-    valid = "" if expires is None else time.strftime("valid until %Y-%m-%d %H:%M UTC", time.gmtime(expires))
-    if expires is not None:
-        valid = f"{valid} ({ago(expires - time.time())} left)" if expires > time.time() else f"{valid}: expired"
-    subnet = f", {net['subnet']}" if net.get("subnet") else ""
+    answered = since(api.get("polled_at"))
+    subnet = f", {data['subnet']}" if data.get("subnet") else ""
+    unnamed = " (off)" if hosts.get("enabled") is False else ""
     return [
         ("Registered", registered if data.get("registered") else "no"),
-        ("API", f"{api.get('url', '')}{f', answered {asked}' if asked else ''}" if api else ""),
+        ("API", f"{api.get('url', '')}{f', answered {answered}' if answered else ''}"),
         ("API key", str(api.get("key_source") or "")),
-        ("Certificate", valid),
+        ("Certificate", _validity(_table(data.get("certificate")).get("not_after"))),
         ("Ingress", str(data.get("ingress_endpoint") or "")),
-        ("Interface", f"{net.get('interface', '')}{subnet}" if net else ""),
+        ("Interface", f"{data.get('interface') or ''}{subnet}"),
+        ("Hosts file", f"{hosts.get('path') or ''}{unnamed}"),
         ("Endpoints", _count(data)),
-        ("Flows", str(data["flows"]) if isinstance(data.get("flows"), int) else ""),
+        ("Connections", str(data["flows"]) if isinstance(data.get("flows"), int) else ""),
     ]
+
+
+def _validity(not_after: object) -> str:
+    expires = wall_time(not_after)
+    if expires is None:
+        return ""
+    date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(expires))
+    left = expires - time.time()
+    return f"valid until {date} ({ago(left)} left)" if left > 0 else f"expired on {date}"
 
 
 def _count(data: Mapping[str, Any]) -> str:
@@ -108,8 +114,31 @@ def _skipped(data: Mapping[str, Any], width: int | None) -> list[str]:
 
 
 def _problems(data: Mapping[str, Any]) -> list[str]:
-    problems = [clean(problem) for problem in data.get("problems") or []]
-    return ["", *(f"  {paint('problem:', 'yellow')} {problem}" for problem in problems)] if problems else []
+    """What is wrong, a line each, with what to do about it where that is known."""
+    lines = [""]
+    for problem, remedy in _found_problems(data):
+        lines.append(f"  {paint('problem:', 'yellow')} {clean(problem)}")
+        lines += [f"    hint: {clean(remedy)}"] if remedy else []
+    return lines if len(lines) > 1 else []
+
+
+def _found_problems(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    api = _table(data.get("api"))
+    if api.get("key_problem"):
+        yield f"no API key: {api['key_problem']}", ""
+    elif data.get("state") == "waiting_for_key":
+        yield "no API key", "sudo ngrokd set-api-key"
+    if api.get("problem"):
+        yield str(api["problem"]), str(api.get("remedy") or "")
+    for part in ("certificate", "ingress", "hosts"):
+        problem = _table(data.get(part)).get("problem")
+        if problem:
+            yield str(problem), str(_table(data.get(part)).get("remedy") or "")
+    nameless = data.get("without_address")
+    if nameless:
+        yield f"the subnet is full: {len(nameless)} names have no address", "set net.subnet to a larger network"
+    if data.get("from_last_known"):
+        yield "the endpoints are those known before the start: ngrok has not answered yet", ""
 
 
 @command("list")
@@ -117,7 +146,7 @@ def list_endpoints(context: Context) -> None:
     """List the endpoints: the URL to use, and the address it has on this machine."""
     data = context.ask("list").data
     endpoints = [entry for entry in data if isinstance(entry, dict)] if isinstance(data, list) else []
-    endpoints.sort(key=lambda entry: str(entry.get("url", "")))
+    endpoints.sort(key=lambda entry: (str(entry.get("hostname", "")), str(entry.get("port", "")).rjust(5)))
     if context.as_json:
         context.print_document(endpoints)
         return
@@ -136,7 +165,8 @@ def _address(entry: Mapping[str, Any]) -> str:
 
 
 def _note(entry: Mapping[str, Any]) -> str:
-    return "" if entry.get("local_listener", True) else "not served"
+    flags = [str(flag) for flag in entry.get("flags") or []]
+    return ", ".join(flags if entry.get("local_listener", True) else ["not served", *flags])
 
 
 @command("health")

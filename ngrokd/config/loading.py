@@ -38,7 +38,8 @@ def load(path: str | None, environ: Mapping[str, str]) -> Settings:
 
     Args:
         path: the file that was asked for; None: `$NGROKD_CONFIG`, else the default one, which may be missing.
-        environ: the environment; `NGROKD_SOCKET` and `NGROKD_HOSTS_PATH` go before the file.
+        environ: the environment; `NGROKD_SOCKET`, `NGROKD_HOSTS_PATH`, `NGROKD_LOG_LEVEL` and `NGROKD_LOG_FORMAT` go
+            before the file.
 
     Raises:
         ConfigError: everything that is wrong, one line each.
@@ -167,8 +168,13 @@ class _Conversion:
 
 _FAILED: Final = object()
 
-# Variables that were the Go daemon's and go before the file.
-_VARIABLES: Final = {"control.socket": "NGROKD_SOCKET", "hosts.path": "NGROKD_HOSTS_PATH"}
+# Variables that go before the file. The first two were the Go daemon's.
+_VARIABLES: Final = {
+    "control.socket": "NGROKD_SOCKET",
+    "hosts.path": "NGROKD_HOSTS_PATH",
+    "log.level": "NGROKD_LOG_LEVEL",
+    "log.format": "NGROKD_LOG_FORMAT",
+}
 
 # Keys of the Go daemon whose name or place is another one here.
 _GO_KEYS: Final = {
