@@ -111,7 +111,7 @@ def parse_duration(text: str) -> float:
         seconds += float(found[1]) * _DURATION_UNITS[found[2]]
         position = found.end()
     if position == 0 or position != len(text):
-        raise ValueError(text)
+        raise ValueError(f"not a duration: {text!r}")
     return seconds
 
 
