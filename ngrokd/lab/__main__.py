@@ -28,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the lab until it is told to stop."""
     parser = argparse.ArgumentParser(prog="python -m ngrokd.lab", description="ngrok in miniature, for tests")
     parser.add_argument("--host", default="127.0.0.1", help="numeric address to listen on (default: %(default)s)")
-    parser.add_argument("--directory", type=Path, help="write config.toml and lab-ca.pem here (default: a new one)")
+    parser.add_argument(
+        "--directory", type=Path, help="write config.toml and lab-ca.pem here (default: a temporary one)"
+    )
     parser.add_argument("--demo", action="store_true", help="bind the demo's endpoints")
     parser.add_argument("--endpoint", action="append", default=[], metavar="URL=BACKEND", help="bind this endpoint")
     parser.add_argument("--do", action="append", default=[], metavar="COMMAND", help="execute this command first")
@@ -45,10 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Twenty thousand idle flows are as many sockets here.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    trio.run(_run, chosen, settings)
+    with tempfile.TemporaryDirectory(prefix="ngrokd-lab-") as directory:
+        if problem := trio.run(_run, chosen, settings, chosen.directory or Path(directory)):
+            parser.error(problem)
 
 
-async def _run(chosen: argparse.Namespace, settings: dict[str, dict[str, object]]) -> None:
+async def _run(chosen: argparse.Namespace, settings: dict[str, dict[str, object]], directory: Path) -> str:
+    """Run the lab; returns what is wrong with the command line, "" in the end when nothing was."""
     async with open_lab(host=chosen.host) as lab:
         commands = Commands(lab)
         if chosen.demo:
@@ -56,8 +61,7 @@ async def _run(chosen: argparse.Namespace, settings: dict[str, dict[str, object]
         for first in [*(f"add {spec.replace('=', ' ', 1)}" for spec in chosen.endpoint), *chosen.do]:
             answer = commands.execute(first)
             if not answer["ok"]:
-                raise SystemExit(f"{first}: {answer['error']}")
-        directory = chosen.directory or Path(tempfile.mkdtemp(prefix="ngrokd-lab-"))
+                return f"{first}: {answer['error']}"
         config = lab.write_config(directory, trust=chosen.trust, settings=settings)
         _say(
             {
@@ -78,6 +82,7 @@ async def _run(chosen: argparse.Namespace, settings: dict[str, dict[str, object]
                         break
                     _say(commands.execute(line))
             nursery.cancel_scope.cancel()
+    return ""
 
 
 async def _cancel_on_signal(scope: trio.CancelScope) -> None:

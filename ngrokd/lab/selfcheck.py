@@ -112,7 +112,7 @@ def _echo() -> str:
         received = _receive_all(sock)
     if received != data:
         raise CheckFailed(f"{len(received)} of {ECHO_BYTES} bytes came back, or others")
-    return f"{ECHO_BYTES} bytes came back, all of them after our half-close or before"
+    return f"{ECHO_BYTES} bytes came back, across our half-close"
 
 
 def _banner() -> str:
