@@ -20,7 +20,7 @@ from ipaddress import IPv4Network, ip_network
 from itertools import islice
 from typing import Final
 
-from ngrokd.host.plan import GUARD_METRIC, IPAddress, Network
+from ngrokd.host.plan import GUARD_METRIC, IPAddress, Network, ip_command
 
 # linux/rtnetlink.h, linux/fib_rules.h
 TABLE_DEFAULT: Final = 253
@@ -79,6 +79,7 @@ class Rule:
         selective: it does not hold for an ordinary connection of a local app (by mark, source, user, input interface).
         suppress: routes with at most this prefix length are passed over; -1 for none.
         destination: it holds only there.
+        version: of IP; each has rules of its own.
     """
 
     priority: int
@@ -87,6 +88,7 @@ class Rule:
     selective: bool = False
     suppress: int = -1
     destination: Network | None = None
+    version: int = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +149,8 @@ def judge(subnet: Network, interface: str, facts: Facts) -> Judgement:
         if address.address in subnet:
             what = f"address {address.address}/{address.prefix_length}"
             conflicts.append(_conflict(network, address.index, what, facts))
-    tables = dict(_tables_before_main(subnet, facts.rules))
+    rules = [rule for rule in facts.rules if rule.version == subnet.version]
+    tables = dict(_tables_before_main(subnet, rules))
     for route in facts.routes:
         if route.index in ours or route.destination.version != subnet.version or route.type in _TYPES_IGNORED:
             continue
@@ -166,11 +169,12 @@ def judge(subnet: Network, interface: str, facts: Facts) -> Judgement:
                 conflicts.append(_conflict(route.destination, route.index, what, facts))
             elif route.table == TABLE_MAIN and route.destination.prefixlen and not _is_guard(route):
                 shadows.append(_conflict(route.destination, route.index, what, facts))
-    for rule in facts.rules:
-        if rule.action in _ACTIONS_REFUSE and not rule.selective and _before_main(rule, subnet, facts.rules):
+    for rule in rules:
+        if rule.action in _ACTIONS_REFUSE and not rule.selective and _before_main(rule, subnet, rules):
             network = rule.destination or subnet
             what = f"rule {rule.priority} ({_ACTIONS_REFUSE[rule.action]} {network})"
-            conflicts.append(Conflict(network, "", what, remedy=f"ip rule del pref {rule.priority}"))
+            remedy = f"{ip_command(subnet)} rule del pref {rule.priority}"
+            conflicts.append(Conflict(network, "", what, remedy=remedy))
     return Judgement(tuple(dict.fromkeys(conflicts)), tuple(dict.fromkeys(shadows)))
 
 
@@ -223,10 +227,9 @@ def _is_guard(route: Route) -> bool:
 def _guard_remedy(route: Route) -> str:
     if not _is_guard(route):
         return ""
-    family = "ip" if route.destination.version == 4 else "ip -6"
     return (
         "it is what a killed ngrokd with that subnet left; if it will not run again:"
-        f" {family} route del unreachable {route.destination} metric {GUARD_METRIC}"
+        f" {ip_command(route.destination)} route del unreachable {route.destination} metric {GUARD_METRIC}"
     )
 
 

@@ -91,7 +91,8 @@ class HostsFileError(NgrokdError):
 def edit_hosts(path: StrPath, edit: Callable[[bytes], bytes], *, limit: int = LIMIT_BYTES, ops: Ops = SYSTEM) -> bool:
     """Apply `edit` to the hosts file.
 
-    Blocks: usually for an fsync, up to a second while another program has the file open for writing.
+    Blocks: usually for an fsync, up to a second while another program has the file open for writing. Temporary files
+    that killed runs left beside it are removed on the way.
 
     Args:
         path: the file; missing, it counts as empty and is created with mode 0644 when `edit` returns something.
@@ -272,6 +273,7 @@ class _Editing:
         return _Translated(self._path, verb)
 
     def run(self) -> bool:
+        remove_stale_hosts(self._path, ops=self._ops)
         try:
             with self.translated("change"):
                 for attempt in range(ATTEMPTS):

@@ -17,7 +17,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Network, ip_address, ip_interface, ip_network
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
 
 _CAP_NET_ADMIN: Final = 12
 _RT_SCOPE_LINK: Final = 253
+_RTM_F_CLONED: Final = 0x200  # an entry of a cache, not of a table
 # In a deletion: whatever scope (RT_SCOPE_NOWHERE) and origin (RTPROT_UNSPEC) the route has; a person may have typed it.
 _ANY: Final = {"scope": 255, "proto": 0}
 _ADDR_GEN_NONE: Final = 1
@@ -78,6 +79,7 @@ _RECEIVE_BUFFER: Final = 1 << 20
 _DATAGRAM_MAX: Final = 1 << 17
 _BATCH: Final = 1000
 _COALESCE_S: Final = 0.05
+_AGAIN_S: Final = 1.0
 
 
 # --- rights ---
@@ -254,14 +256,32 @@ def _facts(ipr: IPRoute) -> Facts:
         if (address := _local_address(message)) is not None
     )
     routes = [_route_fact(m) for family in (socket.AF_INET, socket.AF_INET6) for m in _dump_routes(ipr, family)]
-    rules = [_rule_fact(m) for m in ipr.get_rules(family=socket.AF_INET)]
+    rules = [_rule_fact(m) for family in (socket.AF_INET, socket.AF_INET6) for m in _dump_rules(ipr, family)]
     return Facts(links, addresses, tuple(routes), tuple(rules))
 
 
-def _dump_routes(ipr: IPRoute, family: int, **match: int) -> Iterator[Any]:
-    return (
-        message for message in ipr.get_routes(family=family, **match) if not message["flags"] & 0x200
-    )  # RTM_F_CLONED
+# A kernel without IPv6, or without policy routing, does not know the question.
+_NOT_THERE: Final = frozenset({errno.EAFNOSUPPORT, errno.EOPNOTSUPP})
+
+
+def _dump_routes(ipr: IPRoute, family: int, **match: int) -> list[Any]:
+    routes = _known(lambda: ipr.get_routes(family=family, **match))
+    return [message for message in routes if not message["flags"] & _RTM_F_CLONED]
+
+
+def _dump_rules(ipr: IPRoute, family: int) -> list[Any]:
+    return [message for message in _known(lambda: ipr.get_rules(family=family)) if message["family"] == family]
+
+
+def _known(dump: Callable[[], Iterable[Any]]) -> list[Any]:
+    from pyroute2 import NetlinkError
+
+    try:
+        return list(dump())
+    except NetlinkError as error:
+        if error.code not in _NOT_THERE:
+            raise
+        return []
 
 
 def _route_fact(message: Any) -> Route:
@@ -316,6 +336,7 @@ def _rule_fact(message: Any) -> Rule:
         selective=selective,
         suppress=-1 if suppress == 0xFFFFFFFF else suppress,
         destination=ip_network(f"{destination}/{message['dst_len']}", strict=False) if destination else None,
+        version=4 if message["family"] == socket.AF_INET else 6,
     )
 
 
@@ -653,9 +674,12 @@ async def watch(
             await trio.lowlevel.wait_readable(monitor)
             seen = _receive(monitor)
             ours = foreign = False
-            if seen is None:  # the kernel dropped some: nothing is known any more
-                book, index, ours, foreign = _read_book(), _index_of(interface), True, True
-                seen = []
+            while seen is None:  # the kernel dropped some: nothing is known any more
+                index, ours, foreign = _index_of(interface), True, True
+                try:
+                    book, seen = _read_book(), []
+                except HostError:  # out of descriptors, say; the addresses known so far are the best there are
+                    await trio.sleep(_AGAIN_S)
             for kind, raw in seen:
                 if kind in (_RTM_NEWROUTE, _RTM_DELROUTE) and not _long_enough(raw, subnets):
                     continue  # a router may change thousands a second; decoding is what costs

@@ -197,7 +197,8 @@ def gateway(network: Network) -> IPAddress:
     return network.network_address + 1
 
 
-def _ip(network: Network) -> str:
+def ip_command(network: Network) -> str:
+    """The shell command that speaks of such networks."""
     return "ip" if network.version == 4 else "ip -6"
 
 
@@ -207,8 +208,8 @@ def _guard(network: Network) -> Step:
         GUARD,
         (("subnet", str(network)), ("metric", GUARD_METRIC)),
         "whenever the daemon is dead, connections fail at once instead of leaving by the default route",
-        (f"{_ip(network)} route add {route}",),
-        (f"{_ip(network)} route del {route}",),
+        (f"{ip_command(network)} route add {route}",),
+        (f"{ip_command(network)} route del {route}",),
     )
 
 
@@ -240,7 +241,7 @@ def _link(interface: str, mtu: int, txqueuelen: int) -> Step:
 
 def _address(interface: str, network: Network) -> Step:
     address = f"{gateway(network)}/{network.max_prefixlen}"
-    command = f"{_ip(network)} addr {{}} {address} dev {shlex.quote(interface)}"
+    command = f"{ip_command(network)} addr {{}} {address} dev {shlex.quote(interface)}"
     return Step(
         ADDRESS,
         (("interface", interface), ("address", address)),
@@ -251,7 +252,7 @@ def _address(interface: str, network: Network) -> Step:
 
 
 def _route(interface: str, network: Network) -> Step:
-    command = f"{_ip(network)} route {{}} {network} dev {shlex.quote(interface)}"
+    command = f"{ip_command(network)} route {{}} {network} dev {shlex.quote(interface)}"
     return Step(
         ROUTE,
         (("interface", interface), ("subnet", str(network))),

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from ngrokd.errors import NgrokdError, PermissionMissingError, TakenError
+from ngrokd.errors import TakenError
 from ngrokd.host import linux
 from ngrokd.host.hostsfile import HostsFileError, edit_hosts
 from ngrokd.host.plan import DEVICE, GUARD_METRIC, HOSTS, Action, HostError, Plan, Step, linux_plan
@@ -833,6 +833,3 @@ def _until_free() -> None:
             return
         except TakenError:
             assert time.monotonic() < give_up
-
-
-__all__ = ["PLAN", "NgrokdError", "PermissionMissingError", "open_tun"]

@@ -500,6 +500,52 @@ def test_both_edits_survive_when_ours_was_edited_in_the_moment_it_stood(hosts: P
     assert text.endswith(BEGIN + b"10.107.0.2\tapi.prod\n" + END)
 
 
+def test_a_newer_version_is_not_exchanged_for_an_older_one(hosts: Path) -> None:
+    """We displaced an editor's file, and before we gave it back its next version had been renamed over ours."""
+    exchanges = 0
+
+    class Busy(Ops):
+        def exchange(self, one: str, other: str, *, dir_fd: int) -> None:
+            nonlocal exchanges
+            exchanges += 1
+            if exchanges in (1, 2):
+                replaced(hosts, FOREIGN + b"10.0.0.8 version-%d\n" % exchanges)
+            super().exchange(one, other, dir_fd=dir_fd)
+
+    edit_hosts(hosts, section(b"api.prod"), ops=Busy())
+
+    assert hosts.read_bytes() == FOREIGN + b"10.0.0.8 version-2\n" + BEGIN + b"10.107.0.2\tapi.prod\n" + END
+    assert os.listdir(hosts.parent) == ["hosts"]
+
+
+def test_a_file_that_became_a_link_in_between_stays_one(hosts: Path) -> None:
+    """Our exchange put it aside; it comes back, and its target is edited."""
+    done: list[bool] = []
+
+    class Raced(Ops):
+        def exchange(self, one: str, other: str, *, dir_fd: int) -> None:
+            if not done:
+                done.append(True)
+                hosts.rename(hosts.with_name("target"))
+                hosts.symlink_to("target")
+            super().exchange(one, other, dir_fd=dir_fd)
+
+    edit_hosts(hosts, section(b"api.prod"), ops=Raced())
+
+    assert hosts.is_symlink()
+    assert hosts.with_name("target").read_bytes() == FOREIGN + BEGIN + b"10.107.0.2\tapi.prod\n" + END
+    assert sorted(os.listdir(hosts.parent)) == ["hosts", "target"]
+
+
+def test_litter_of_a_killed_run_is_removed_by_the_next_edit(hosts: Path) -> None:
+    """Even when there is nothing to change; and only ours."""
+    (hosts.parent / ".hosts.ngrokd-0123456789abcdef").write_bytes(b"x")
+    (hosts.parent / ".hosts.swp").write_bytes(b"an editor's")
+
+    assert not edit_hosts(hosts, section())
+    assert sorted(os.listdir(hosts.parent)) == [".hosts.swp", "hosts"]
+
+
 def test_in_place_an_edit_between_reading_and_writing_is_kept(hosts: Path) -> None:
     """The file is looked at once more before it is touched."""
     done: list[bool] = []
