@@ -161,7 +161,7 @@ class TlsSession:
         except ssl.SSLZeroReturnError:  # both directions have ended
             data = b""
         except ssl.SSLError as error:
-            self.failure = error
+            self.failure = error.with_traceback(None)
             return b""
         if not data:
             self.received_eof = True
@@ -183,7 +183,9 @@ class TlsSession:
         except ssl.SSLZeroReturnError:
             self.received_eof = True
         except ssl.SSLError as error:
-            self.failure = error  # kept, because OpenSSL, asked again, would take a fatal alert for an end
+            # Kept, because OpenSSL, asked again, would take a fatal alert for an end; without the frames, because they
+            # would keep us.
+            self.failure = error.with_traceback(None)
         return filled
 
     def close_notify(self) -> None:
@@ -241,8 +243,8 @@ class TlsStream:
         self._scratch = scratch
         self._ready: list[memoryview] = []  # decrypted or given back, not yet delivered
         self._drained = True  # the last receive got less than it could have
-        self._receive_error: StreamTruncated | None = None
-        self._broken: OSError | StreamTruncated | None = None  # why nothing can be sent any more
+        self._receive_error: _Cut | None = None
+        self._broken: _Cut | None = None  # why nothing can be sent any more
         self._closed = False
         self._backlog: list[memoryview] = []
         self.backlog = 0  # bytes of ciphertext that the transport has not taken
@@ -320,7 +322,7 @@ class TlsStream:
                 if self.backlog >= BACKLOG_LIMIT or self._broken is not None:
                     break
         except ssl.SSLError as error:
-            self._break(StreamTruncated(f"TLS failed while sending: {_reason(error)}"))
+            self._break(_Cut(f"TLS failed while sending: {_reason(error)}"))
         self.bytes_sent += taken
         return taken
 
@@ -347,7 +349,7 @@ class TlsStream:
             if self._closed:
                 raise trio.ClosedResourceError("this TLS stream was closed")
             if self._broken is not None:
-                raise self._broken
+                raise self._broken.error()
             if self.backlog <= limit:
                 return
             if self._draining:  # by another task; look again when it got somewhere
@@ -375,7 +377,7 @@ class TlsStream:
         try:
             session.close_notify()
         except ssl.SSLError as error:
-            self._break(StreamTruncated(f"TLS failed while ending the stream: {_reason(error)}"))
+            self._break(_Cut(f"TLS failed while ending the stream: {_reason(error)}"))
         else:
             self._send_ciphertext()
 
@@ -420,7 +422,7 @@ class TlsStream:
     def _at_end(self) -> bool:
         """Whether the stream has ended; raises when it was cut."""
         if self._receive_error is not None:
-            raise self._receive_error
+            raise self._receive_error.error()
         return self._session.received_eof
 
     @property
@@ -431,7 +433,8 @@ class TlsStream:
     async def receive_view(self) -> memoryview:
         """Wait for plaintext; empty at close_notify. See `receive_nowait`. Cancelled, nothing is lost."""
         while True:
-            if self._ready or not self._drained or self._session.received_eof:
+            ended = self._session.received_eof or self._receive_error is not None
+            if ended or self._ready or not self._drained:
                 await trio.lowlevel.checkpoint()
             else:
                 await self._transport.wait_readable()
@@ -503,7 +506,7 @@ class TlsStream:
             try:
                 sent = self._transport.send_nowait(data)
             except OSError as error:
-                self._break(_truncated_by(error, "while sending"))
+                self._break(_cut_by(error, "while sending"))
                 return
             if sent == len(data):
                 return
@@ -529,7 +532,7 @@ class TlsStream:
                     break
                 index += 1
         except OSError as error:
-            self._break(_truncated_by(error, "while sending"))
+            self._break(_cut_by(error, "while sending"))
         del backlog[:index]
 
     def _receive_ciphertext(self, when: str) -> memoryview | None:
@@ -540,15 +543,15 @@ class TlsStream:
         try:
             count = self._transport.receive_into_nowait(scratch)
         except OSError as error:
-            self._receive_error = _truncated_by(error, when)
+            self._receive_error = _cut_by(error, when)
             self._break(self._receive_error)
-            raise self._receive_error from error
+            raise self._receive_error.error() from error
         if count is None:
             self._drained = True
             return None
         if not count:
-            self._receive_error = StreamTruncated(f"the connection was closed by the other side {when}")
-            raise self._receive_error
+            self._receive_error = _Cut(f"the connection was closed by the other side {when}")
+            raise self._receive_error.error()
         self._drained = count < len(scratch)
         return scratch[:count]
 
@@ -562,9 +565,9 @@ class TlsStream:
             self._break(self._receive_error)
         return view
 
-    def _break(self, error: OSError | StreamTruncated) -> None:
+    def _break(self, cut: _Cut) -> None:
         if self._broken is None:
-            self._broken = error
+            self._broken = cut
         self._backlog.clear()
         self.backlog = 0
         self._wake()
@@ -605,23 +608,28 @@ def _reason(error: ssl.SSLError) -> str:
     return (error.reason or str(error)).lower().replace("_", " ")
 
 
-def _truncated_by(error: OSError, when: str) -> StreamTruncated:
-    truncated = StreamTruncated(f"the connection broke {when}: {error.strerror or error}")
-    truncated.__cause__ = error
-    return truncated
+class _Cut:
+    """Why a stream broke. The exception is made when it is raised: a kept one would keep frames, and so this stream."""
+
+    __slots__ = ("_alert", "_message")
+
+    def __init__(self, message: str, alert: str = "") -> None:
+        self._message = message
+        self._alert = alert
+
+    def error(self) -> StreamTruncated:
+        return TlsAlert(self._message, alert=self._alert) if self._alert else StreamTruncated(self._message)
 
 
-def _failure(error: ssl.SSLError) -> StreamTruncated:
-    reason = error.reason or ""
-    if "ALERT" in reason:
-        alert = reason.split("ALERT_", 1)[-1].lower()
-        failure: StreamTruncated = TlsAlert(
-            f"the other side ended the TLS connection: {alert.replace('_', ' ')}", alert=alert
-        )
-    else:
-        failure = StreamTruncated(f"what arrived is not the TLS stream that was begun: {_reason(error)}")
-    failure.__cause__ = error
-    return failure
+def _cut_by(error: OSError, when: str) -> _Cut:
+    return _Cut(f"the connection broke {when}: {error.strerror or error}")
+
+
+def _failure(error: ssl.SSLError) -> _Cut:
+    _, is_alert, alert = (error.reason or "").lower().partition("alert_")
+    if is_alert:
+        return _Cut(f"the other side ended the TLS connection: {alert.replace('_', ' ')}", alert)
+    return _Cut(f"what arrived is not the TLS stream that was begun: {_reason(error)}")
 
 
 class TlsTrioStream(trio.abc.HalfCloseableStream):
