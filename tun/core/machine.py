@@ -998,7 +998,7 @@ class Flow:
             if not write(self._packet(self.iss, self.rcv_nxt, SYN | ACK, window, extra), NO_VIEWS, 0):
                 return False
             self._syn_ack_owed = False
-            self.snd_nxt = self.iss + 1
+            self.snd_nxt = self.snd_edge = self.iss + 1
             self.rcv_edge = max(self.rcv_edge, self.rcv_nxt + window)
             self._last_ack_sent = self.rcv_nxt
         if self._ack_owed:

@@ -111,6 +111,17 @@ class StackSettings:
     keepalive_probes: int = 9
 
 
+def initial_numbers(secret: bytes, key: bytes, now: float) -> tuple[int, int]:
+    """The initial sequence number and the offset of the timestamps of a connection.
+
+    RFC 6528: a clock of 4 us and a keyed hash of addresses and ports, so that a tuple's numbers grow and nobody can
+    tell another tuple's. RFC 7323 5.4: timestamps that do not tell how long this machine has been up.
+    """
+    digest = blake2s(key, key=secret[:32], digest_size=8).digest()
+    clock = int(now * 250000.0)
+    return (clock + int.from_bytes(digest[:4], "big")) & MASK, int.from_bytes(digest[4:], "big")
+
+
 class TokenBucket:
     """So many a second, and so many at once."""
 
@@ -699,7 +710,7 @@ class Stack:
         if not local and table.foreign.get(source, 0) >= limit * 2 // 3:
             self._host.drop("source_limit")
             return
-        initial, ts_offset = self._initial_numbers(key, now)
+        initial, ts_offset = initial_numbers(self._secret, key, now)
         if record is not None and diff(initial, record.snd_nxt) <= 0:
             # The old connection was faster than the clock of our numbers (RFC 6528 3, RFC 9293 3.4.1): stay above.
             initial = (record.snd_nxt + 0x10000 + (initial & 0xFFFF)) & MASK
@@ -717,12 +728,6 @@ class Stack:
         table.add(flow)
         self.opened += 1
         self._requests.append(flow)
-
-    def _initial_numbers(self, key: bytes, now: float) -> tuple[int, int]:
-        """The initial sequence number of RFC 6528 (a 4 us clock and a keyed hash), and the timestamps' offset."""
-        digest = blake2s(key, key=self._secret[:32], digest_size=8).digest()
-        clock = int(now * 250000.0)
-        return (clock + int.from_bytes(digest[:4], "big")) & MASK, int.from_bytes(digest[4:], "big")
 
     def _leave_time_wait(self, key: bytes, record: TimeWait, now: float) -> bool:
         """A segment for a connection in TIME-WAIT.
