@@ -124,7 +124,11 @@ def test_mode_owner_and_attributes_are_kept(hosts: Path) -> None:
     hosts.chmod(0o664)
     if os.geteuid() == 0:
         os.chown(hosts, 12345, 54321)
-    os.setxattr(hosts, "user.note", b"kept")
+    noted = True
+    try:
+        os.setxattr(hosts, "user.note", b"kept")
+    except OSError:  # a tmpfs before Linux 6.6
+        noted = False
     before = hosts.stat()
 
     edit_hosts(hosts, section(b"api.prod"))
@@ -132,7 +136,7 @@ def test_mode_owner_and_attributes_are_kept(hosts: Path) -> None:
     after = hosts.stat()
     assert after.st_ino != before.st_ino  # by renaming
     assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
-    assert os.getxattr(hosts, "user.note") == b"kept"
+    assert not noted or os.getxattr(hosts, "user.note") == b"kept"
 
 
 def test_a_file_whose_owner_cannot_be_kept_is_written_in_place(hosts: Path) -> None:
