@@ -26,7 +26,7 @@ help:
 
 demo: .venv/stamp
 	$(SUDO) .venv/bin/ngrokd demo --isolated --once
-	@echo "To keep it running and try it by hand: $(SUDO) .venv/bin/ngrokd demo"
+	@echo "To keep it running and try it by hand: sudo .venv/bin/ngrokd demo"
 
 test: check unit
 

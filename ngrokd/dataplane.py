@@ -34,6 +34,8 @@ from ngrokd.relay.ingress import Ingress
 from ngrokd.relay.transport import Transport
 from tun import Device, DeviceError, FlowRequest, FlowStream, Network, Stack, StackSettings
 
+NO_PORTS: Final[frozenset[int]] = frozenset()
+
 Dial: TypeAlias = Callable[[str, int], Awaitable[Transport]]
 
 
@@ -131,6 +133,7 @@ class DataPlane:
         self._settings = settings
         self._report = report
         self._directory = Directory.empty()
+        self._known_addresses: set[bytes] = set()
         self._stack = Stack(settings.stack, settings.secret)
         self.network = Network(device, self._stack, self._serve_request)
         self.ingress = Ingress(
@@ -165,7 +168,12 @@ class DataPlane:
 
     def _serve(self, order: Serve) -> None:
         self._directory = order.directory
-        self._stack.set_served(order.directory.served())
+        served = dict(order.directory.served())
+        # The address of an endpoint that is gone stays its name's: it is a host without open ports (RST), not an
+        # address that nobody has (host unreachable).
+        self._known_addresses.update(served)
+        served.update((address, NO_PORTS) for address in self._known_addresses.difference(served))
+        self._stack.set_served(served)
         # An endpoint that is gone refuses new flows at once; those that live get a while to finish what they do.
         deadline = trio.current_time() + order.linger_s
         for serving in self._serving:
