@@ -309,7 +309,7 @@ class Ingress:
                 "it probably rejected our client certificate",
                 remedy=_RENEW,
             )
-        if is_alert:
+        if is_alert and alert != "protocol_version":
             return IngressUnreachable(f"the ingress {self.name} refused the TLS handshake: {said}", remedy=_CHECK)
         return IngressUntrusted(
             f"whoever answers at {self.name} does not speak the TLS (1.2 or later) of an ingress: {said}",

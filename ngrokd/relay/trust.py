@@ -175,7 +175,10 @@ def _load_credentials(context: ssl.SSLContext, credentials: Credentials) -> None
                 file.flush()
                 context.load_cert_chain(file.name, password=_no_password)
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        reason = printable(getattr(error, "reason", None) or str(error)).lower().replace("_", " ")
+        if isinstance(error, ssl.SSLError):  # OpenSSL's PEM reader gives no reason, whatever is wrong
+            reason = (error.reason or "one of them cannot be read").lower().replace("_", " ")
+        else:
+            reason = printable(str(error))
         raise BadCredentials(
             f"the client certificate and its key cannot be used: {reason}",
             remedy="get a new certificate with: ngrokd refresh-cert --force",

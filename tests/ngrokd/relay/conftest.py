@@ -113,6 +113,7 @@ class Authority:
         chain: Sequence[Issued] | None = None,
         version: ssl.TLSVersion | None = None,
         client_required: bool = False,
+        weak: bool = False,
     ) -> ssl.SSLContext:
         """Make a server's context; `chain` is what is sent behind the leaf (the intermediate, unless given)."""
         leaf = leaf or self.leaf
@@ -120,6 +121,8 @@ class Authority:
         path = self.directory / f"{x509.random_serial_number():x}.pem"
         path.write_bytes(leaf.key_pem + leaf.pem + b"".join(each.pem for each in chain))
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        if weak:
+            context.set_ciphers("ALL:@SECLEVEL=0")
         context.load_cert_chain(path)
         if version is not None:
             context.minimum_version = context.maximum_version = version
