@@ -20,7 +20,7 @@ DAY_S = 24 * HOUR_S
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
     """A lab and a cable. A test asks for `autojump_clock` itself: pytest-trio looks for clocks nowhere else."""
-    async with open_world(tmp_path / "world") as opened:
+    async with open_world(tmp_path) as opened:
         yield opened
 
 

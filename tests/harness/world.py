@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from ipaddress import IPv4Address
@@ -81,8 +82,9 @@ class MemoryMachine:
         """Nobody sends any; `Daemon.stop` is called instead."""
 
         async def none() -> AsyncIterator[int]:
-            await trio.sleep_forever()
-            yield 0
+            while True:
+                await trio.sleep(math.inf)
+                yield 0
 
         yield none()
 
@@ -152,8 +154,7 @@ class World:
 
 @asynccontextmanager
 async def open_world(directory: Path) -> AsyncIterator[World]:
-    """A lab with its demo endpoints, and a hosts file with foreign lines."""
-    directory.mkdir(mode=0o700, exist_ok=True)
+    """A lab with its demo endpoints, and a hosts file with foreign lines. `directory` exists."""
     clock = WallClock()
     async with open_memory_lab(wall=clock.now) as lab:
         world = World(directory, lab, clock)
