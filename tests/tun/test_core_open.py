@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tun.testing.playbook import OPEN, OPEN_SACK, OPEN_STAMPS, Play, tuned
+from tun.testing.playbook import APP, ENDPOINT, OPEN, OPEN_SACK, OPEN_STAMPS, Play, tuned
+from tun.wire.tcp import SYN, build_tcp
 
 PENDING = """
     app > S  0:0(0)        win 65535 mss 1460 wscale 7
@@ -157,11 +158,6 @@ def test_data_in_the_syn_is_left_to_be_resent(play: Play) -> None:
 def test_ecn_and_reserved_bits_do_not_matter(play: Play) -> None:
     """A SYN with ECE and CWR is a SYN (gVisor rejected them and broke forwarders)."""
     book = play("us  | none")
-    syn = bytearray(46)
-
-    from tun.testing.playbook import APP, ENDPOINT
-    from tun.wire.tcp import SYN, build_tcp
-
     syn = build_tcp(APP, ENDPOINT, 40000, 443, seq=0, flags=SYN, window=1)
     syn[32] |= 0x0F
     syn[33] |= 0xC0

@@ -137,14 +137,16 @@ class OutOfOrder:
     def insert(self, start: int, end: int, view: memoryview, limit: int) -> int:
         """Store `view` as [start, end), keeping what is there already.
 
-        When that takes more than `limit` bytes or ranges, the highest range goes: it is the one that the app will need
-        to send again last.
+        Where that would take more than `limit` bytes or MAX_RANGES ranges, ranges above it go, the highest first: the
+        app will need to send them again last. If that does not help, `view` is not kept.
 
         Args:
             limit: bytes that may be held, overhead included; negative for no limit.
 
         Returns: how many bytes were new and are kept.
         """
+        if limit >= 0 and not self._make_room(start, end, limit):
+            return 0
         starts = self.starts
         ends = self.ends
         first = bisect_left(ends, start)
@@ -176,12 +178,24 @@ class OutOfOrder:
             ends[first:after] = [max(end, ends[after - 1])]
             self.pieces[first:after] = [fresh]
         self._touch(start)
-        if limit >= 0:
-            while self.starts and (self.charge > limit or len(self.starts) > MAX_RANGES):
-                if self.starts[-1] <= start < self.ends[-1]:
-                    new = 0  # what has just come is the highest
-                self._drop(len(self.starts) - 1)
         return new
+
+    def _make_room(self, start: int, end: int, limit: int) -> bool:
+        starts = self.starts
+        need = end - start + PIECE_OVERHEAD
+        while self.charge + need > limit and starts and starts[-1] > end:
+            self._drop(len(starts) - 1)
+        if self.charge + need > limit:
+            return False
+        if len(starts) < MAX_RANGES:
+            return True
+        first = bisect_left(self.ends, start)
+        if first < len(starts) and starts[first] <= end:
+            return True  # it joins what is there
+        if starts[-1] < start:
+            return False
+        self._drop(len(starts) - 1)
+        return True
 
     def _touch(self, position: int) -> None:
         recent = self.recent
