@@ -47,11 +47,11 @@ def test_lock_files_name_no_host_and_pin_by_hash() -> None:
         text = lock.read_text()
 
         assert "://" not in text, lock.name
-        pins = re.findall(r"^[a-z][^\n=]*==[^\n]*\\$", text, re.M)
+        pins = re.findall(r"^[a-z][^\n=]*==[^\n]*\\$", text, re.MULTILINE)
         assert pins, lock.name
-        assert all(
-            "--hash=sha256:" in block for block in re.split(r"\n(?=[a-z])", text.strip())
-        ), f"{lock.name} has a requirement without a hash"
+        assert all("--hash=sha256:" in block for block in re.split(r"\n(?=[a-z])", text.strip())), (
+            f"{lock.name} has a requirement without a hash"
+        )
 
 
 def test_modules_open_with_a_docstring() -> None:

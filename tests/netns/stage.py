@@ -34,7 +34,7 @@ class LabProcess:
         """Give the lab a command and return its answer; fails the test when the lab refuses it."""
         self._running.write(command + "\n")
         self._answers += 1
-        self._running.expect(r"\A(?:.*\n){%d}" % self._answers)
+        self._running.expect(rf"\A(?:.*\n){{{self._answers}}}")
         answer: dict[str, Any] = json.loads(self._running.stdout.splitlines()[self._answers - 1])
         assert answer["ok"], (command, answer)
         return answer
