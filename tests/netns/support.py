@@ -70,7 +70,7 @@ def missing_for_namespaces() -> str:
         return "network namespaces need Linux"
     tools = [
         tool
-        for tool in ("ip", "mount", "nsenter", "unshare")
+        for tool in ("curl", "ip", "mount", "nsenter", "unshare")
         if shutil.which(tool, path=_environment()["PATH"]) is None
     ]
     if tools:
