@@ -44,7 +44,12 @@ RATE_PLACES: Final = 1024  # places remembered
 RING_LINES: Final = 2000
 MAX_TRACEBACK_FRAMES: Final = 20
 
-_STANDARD_ATTRIBUTES: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "suppressed"}
+_STANDARD_ATTRIBUTES: Final = frozenset(vars(logging.makeLogRecord({}))) | {
+    "message",
+    "asctime",
+    "suppressed",
+    "rate_key",
+}
 _PRIORITIES: Final = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))  # sd-daemon(3); debug is 7
 _COLOURS: Final = {"warning": "\x1b[33m", "error": "\x1b[31m", "critical": "\x1b[31m", "debug": "\x1b[2m"}
 
