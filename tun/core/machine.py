@@ -61,8 +61,8 @@ INFINITE: Final = math.inf
 
 # Our window scale (RFC 7323 2.3): 8 lets windows grow to 16 MiB, and costs a granularity of 256 bytes.
 WINDOW_SCALE: Final = 8
-# How far rounding the window up to its granularity may exceed the buffer before it is rounded down (see `_window`).
-WINDOW_SLACK: Final = 16384
+# How far rounding up to that granularity may let a window drift beyond its buffer; then it is rounded down (`_window`).
+WINDOW_SLACK: Final = 65536
 
 MIN_MSS: Final = 48  # Linux tcp_min_snd_mss; below it a peer makes us send headers (CVE-2019-11479)
 MAX_MSS: Final = 65495
@@ -207,6 +207,7 @@ class Flow:
         "_cwnd",
         "_cwnd_limited",
         "_data_at",
+        "_drift",
         "_dsack",
         "_dup_acks",
         "_dup_acks_owed",
@@ -338,6 +339,7 @@ class Flow:
         self.irs: int = segment.seq
         self.rcv_nxt: int = segment.seq + 1
         self.rcv_edge: int = segment.seq + 1
+        self._drift: int = 0  # bytes that rounding has added to the window since it last grew for good reason
         self._last_ack_sent: int = segment.seq + 1
         self._queue: ReceiveQueue = ReceiveQueue()
         self.readable_bytes: int = 0
@@ -649,6 +651,9 @@ class Flow:
                 host.drop("syn_in_connection")
                 self._challenge(now)
             return False
+        if not flags & ACK:
+            host.drop("no_ack")  # without it nothing can be taken, so nothing needs an answer
+            return False
         if (
             self.ts_on
             and segment.has_timestamp
@@ -667,10 +672,6 @@ class Flow:
             else:
                 self._answer_unacceptable(length + (flags & FIN), now)
             return False
-        if not flags & ACK:
-            host.drop("no_ack")
-            return False
-
         # RFC 9293 3.10.7.4, fifth: the ACK.
         distance = (segment.ack - self.snd_una) & MASK
         ack = self.snd_una + (distance - MODULUS if distance >= HALF else distance)
@@ -895,7 +896,9 @@ class Flow:
     def _said_ack(self, window: int) -> None:
         """The peer has been told `rcv_nxt` and `window`."""
         edge = self.rcv_nxt + (window << self._receive_shift)
-        if edge > self.rcv_edge:
+        gain = edge - self.rcv_edge
+        if gain > 0:
+            self._drift = self._drift + gain if gain < 1 << self._receive_shift else 0
             self.rcv_edge = edge
         self._last_ack_sent = self.rcv_nxt
         self._ack_owed = 0
@@ -921,9 +924,9 @@ class Flow:
         elif promised <= 0:
             return 0
         else:
-            window = (promised + (1 << shift) - 1) >> shift
-            if (window << shift) - free > WINDOW_SLACK:
-                window = promised >> shift
+            window = promised >> shift
+            if self._drift < WINDOW_SLACK:
+                window = (promised + (1 << shift) - 1) >> shift
         return window if window < 65536 else 65535
 
     def _update_due(self) -> bool:
