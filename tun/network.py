@@ -24,6 +24,7 @@ only through `Stack.flush`; no callback of a flow's owner may raise into the pum
 
 from __future__ import annotations
 
+import operator
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, TypeAlias
@@ -462,7 +463,7 @@ class FlowStream(trio.abc.HalfCloseableStream):
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Trio's contract: at least one byte, or b"" after the app's FIN."""
-        if max_bytes is not None and max_bytes < 1:
+        if max_bytes is not None and operator.index(max_bytes) < 1:
             raise ValueError("max_bytes must be at least 1")
         await trio.lowlevel.checkpoint()
         flow = self._flow

@@ -38,6 +38,7 @@ from ngrokd import __version__, config, files
 from ngrokd.cloud.api import NgrokApi, api_ssl_context
 from ngrokd.cloud.identity import IdentityStore
 from ngrokd.config import Settings
+from ngrokd.daemon.shadows import flag_public_names
 from ngrokd.daemon.traffic import Traffic
 from ngrokd.dataplane import (
     Accept,
@@ -298,6 +299,9 @@ class Daemon:
                 nursery.start_soon(self._replace_devices)
                 nursery.start_soon(self._say_ready)
                 nursery.start_soon(self._keep_watchdog)
+                nursery.start_soon(
+                    flag_public_names, discovery, self.machine.resolve, IPv4Network(self.settings.net.subnet)
+                )
                 polling = await nursery.start(self._poll)
                 await self._stopping.wait()
                 log.info("stopping: new connections are refused, %d live", self.plane.flow_count)

@@ -11,8 +11,10 @@ import trio
 from trio.testing import MockClock
 
 from ngrokd.lab.backends import sample_sha256
+from ngrokd.ops.peers import Peer
 from tests.harness.world import World, open_world
 
+ROOT = Peer(pid=1, uid=0, gid=0)
 HOUR_S = 3600.0
 DAY_S = 24 * HOUR_S
 
@@ -181,3 +183,18 @@ async def test_a_megabyte_each_way_by_name(world: World, autojump_clock: MockClo
         body = await get(world, "hello.demo", "/bytes/1000000")
 
         assert hashlib.sha256(body).hexdigest() == sample_sha256(1_000_000)
+
+
+async def test_a_name_that_exists_publicly_is_served_and_flagged_later(world: World, autojump_clock: MockClock) -> None:
+    """Whoever takes a public name over should know it; nothing waits for DNS."""
+    async with world.running() as daemon:
+        world.machine.public.add("hello.demo.")
+        await daemon.ready.wait()
+        assert await get(world, "hello.demo")
+
+        await trio.sleep(60)
+
+        rows = await daemon.commands["list"].handler([], ROOT)
+        flags = {row["hostname"]: row["flags"] for row in rows}  # type: ignore[attr-defined]
+        assert flags["hello.demo"] == ["shadows-public"]
+        assert flags["echo.demo"] == []

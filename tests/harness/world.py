@@ -12,7 +12,7 @@ import io
 import math
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, ip_address
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class MemoryMachine:
         self._wall = wall
         self.device, self.app_side = cable
         self.prepared = False
-        self.hosts_at_restore: str | None = None
+        self.public: set[str] = set()
 
     def wall(self) -> float:
         """The simulated wall clock."""
@@ -73,9 +73,13 @@ class MemoryMachine:
         return await self._lab.dial(address, port)
 
     async def resolve(self, host: str, port: int) -> tuple[str, ...]:
-        """The lab's ingress is configured by address."""
+        """The lab's ingress is configured by address, and `public` holds the names that others have as well."""
         await trio.lowlevel.checkpoint()
-        return (host,)
+        with contextlib.suppress(ValueError):
+            return (str(ip_address(host)),)
+        if host in self.public:
+            return ("192.0.2.80",)
+        raise OSError("no such name")
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[AsyncIterator[int]]:
