@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import os
+import io
 import re
 import sys
 import traceback
@@ -130,14 +130,19 @@ def normalise(arguments: Sequence[str]) -> list[str]:
 
 
 def invoke(program: str, arguments: Sequence[str]) -> int:
-    """Carry out one command line and return its exit code. Nothing is raised but SystemExit of a library."""
+    """Carry out one command line and return its exit code.
+
+    Raises nothing but click's SystemExit, when the reader of a pipe has gone and when a shell asks for completions.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 gets an escape, not an error
     # Until the options are parsed, an error must know already how to be said.
     context = Context(program=program, as_json="--json" in arguments, command=_named(arguments))
     try:
         result: object = group.main(
             normalise(arguments), prog_name=program, standalone_mode=False, obj=context, color=wants_colour(sys.stdout)
         )
-        sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         return Exit.USAGE
@@ -145,15 +150,10 @@ def invoke(program: str, arguments: Sequence[str]) -> int:
         hint = f"see: {_command_path(error, program)} --help"
         return _fail(context, error, Exit.USAGE, error.format_message(), hint)
     except (click.Abort, KeyboardInterrupt):
-        print(file=sys.stderr)
         return INTERRUPTED
     except NgrokdError as error:
         code = error.code if isinstance(error, RemoteError) else error.exit_code
         return _fail(context, error, code, str(error), error.remedy)
-    except BrokenPipeError:
-        # The reader has seen enough (`| head`). Without a stdout, Python has nothing to flush at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:  # noqa: BLE001 - the outermost boundary: a bug is said in one line too
         message = f"internal error: {type(error).__name__}: {error}"
         return _fail(context, error, Exit.INTERNAL, message, "this is a bug; -vv shows where it happened")

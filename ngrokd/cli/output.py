@@ -14,17 +14,18 @@ from collections.abc import Iterable, Sequence
 from typing import Final, TextIO
 
 MIN_COLUMN: Final = 8  # characters that truncation leaves of a column
+MAX_TEXT: Final = 4096  # characters of one cell or message
 _CODES: Final = {"green": "32", "yellow": "33", "red": "31", "dim": "2", "bold": "1"}
 
 
 def clean(text: object) -> str:
-    """Any text, fit for a terminal."""
-    shown = str(text)
+    """Any text, fit for a terminal: on one line, control and bidirectional characters as escapes, not endless."""
+    shown = truncate(str(text), MAX_TEXT)
     if shown.isprintable():
         return shown
-    from ngrokd.endpoints import printable  # it imports more than most commands need
-
-    return printable(shown, 1000)
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in shown
+    )
 
 
 def wants_colour(stream: TextIO) -> bool:

@@ -55,6 +55,10 @@ def _table(data: object) -> dict[str, Any]:  # Any: another program's JSON; each
     return data if isinstance(data, dict) else {}
 
 
+def _list(data: object) -> list[Any]:  # Any: as above
+    return data if isinstance(data, list) else []
+
+
 def _headline(data: Mapping[str, Any]) -> str:
     otherwise = "ready" if data.get("registered", True) else "waiting_for_key"  # the Go daemon tells no state
     reads, colour = _STATES.get(str(data.get("state", otherwise)), ("is running", "green"))
@@ -97,13 +101,13 @@ def _validity(not_after: object) -> str:
 
 
 def _count(data: Mapping[str, Any]) -> str:
-    skipped = data.get("skipped")
+    skipped = _list(data.get("skipped"))
     return str(data.get("endpoint_count", 0)) + (f", and {len(skipped)} skipped" if skipped else "")
 
 
 def _skipped(data: Mapping[str, Any], width: int | None) -> list[str]:
     """The endpoints that cannot be served, and why."""
-    skipped = [entry for entry in data.get("skipped") or [] if isinstance(entry, dict)]
+    skipped = [entry for entry in _list(data.get("skipped")) if isinstance(entry, dict)]
     if not skipped:
         return []
     rows = [(str(entry.get("url") or entry.get("id", "")), str(entry.get("reason", ""))) for entry in skipped]
@@ -134,7 +138,7 @@ def _found_problems(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         problem = _table(data.get(part)).get("problem")
         if problem:
             yield str(problem), str(_table(data.get(part)).get("remedy") or "")
-    nameless = data.get("without_address")
+    nameless = _list(data.get("without_address"))
     if nameless:
         yield f"the subnet is full: {len(nameless)} names have no address", "set net.subnet to a larger network"
     if data.get("from_last_known"):
@@ -165,7 +169,7 @@ def _address(entry: Mapping[str, Any]) -> str:
 
 
 def _note(entry: Mapping[str, Any]) -> str:
-    flags = [str(flag) for flag in entry.get("flags") or []]
+    flags = [str(flag) for flag in _list(entry.get("flags"))]
     return ", ".join(flags if entry.get("local_listener", True) else ["not served", *flags])
 
 
