@@ -163,21 +163,24 @@ class Handler:
         opened = await self._ingress.open(endpoint.host, endpoint.port)
         serving.dial_s = opened.dial_s
         self._dial_s += opened.dial_s
-        serving.flow = flow = self._accept(request, opened)
-        self._report(serving, OPENED, "opened", "connected")
-        for notice in opened.notices:
-            self._report(serving, NOTICE, "notice", notice)
+        flow = self._accept(serving, opened)
         await splice(flow, opened.stream)
         self._counts["completed"] += 1
 
-    def _accept(self, request: Request, opened: OpenedStream) -> Flow:
+    def _accept(self, serving: _Serving, opened: OpenedStream) -> Flow:
+        """Accept and tell; whatever goes wrong in it, neither end is left."""
         try:
-            flow = request.accept()
+            serving.flow = flow = serving.request.accept()
+            self._counts["accepted"] += 1
+            self.active += 1
+            self._report(serving, OPENED, "opened", "connected")
+            for notice in opened.notices:
+                self._report(serving, NOTICE, "notice", notice)
         except BaseException:
             opened.stream.abort()
+            if serving.flow is not None:
+                serving.flow.abort()
             raise
-        self._counts["accepted"] += 1
-        self.active += 1
         return flow
 
     def _count_failure(self, serving: _Serving, kind: str, reason: str, message: str, remedy: str = "") -> None:

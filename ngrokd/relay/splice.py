@@ -108,6 +108,7 @@ class _Splice:
         self._stream = stream
         self._failure: Exception | None = None
         self._upload_failure: StreamTruncated | None = None
+        self._upload = trio.CancelScope()
 
     async def run(self) -> None:
         flow, stream = self._flow, self._stream
@@ -115,12 +116,12 @@ class _Splice:
             # What the two directions raise is expected and ends up in self._failure; anything else is a bug, and the
             # nursery ends both for it.
             async with trio.open_nursery() as nursery:
-                stream.on_backlog = lambda: nursery.start_soon(self._guard, self._drain, nursery.cancel_scope)
+                stream.on_blocked = lambda: nursery.start_soon(self._guard, self._drain, nursery.cancel_scope)
                 flow.attach(stream.send_nowait)
                 nursery.start_soon(self._guard, self._app_to_ingress, nursery.cancel_scope)
                 await self._guard(self._ingress_to_app, nursery.cancel_scope)
         finally:
-            stream.on_backlog = None
+            stream.on_blocked = None
         if self._failure is not None:
             raise self._failure
         if self._upload_failure is not None:
@@ -139,14 +140,15 @@ class _Splice:
     async def _app_to_ingress(self) -> None:
         flow, stream = self._flow, self._stream
         try:
-            while not await flow.wait_refused_or_eof():
-                await stream.wait_sendable()
-                flow.offer()
-            await stream.send_eof()
+            with self._upload:
+                while not await flow.wait_refused_or_eof():
+                    await stream.wait_sendable()
+                    flow.offer()
+                await stream.send_eof()
         except StreamTruncated as error:
             self._stop_upload(error)
         finally:
-            flow.attach(None)  # before the nursery can close: a sink that makes a backlog starts a task in it
+            flow.attach(None)  # before the nursery can close, because a sink that is blocked starts a task in it
 
     async def _drain(self) -> None:
         try:
@@ -158,6 +160,7 @@ class _Splice:
         """Nothing more can be sent, but what the ingress said before it hung up may still be there to be read."""
         if self._upload_failure is None:
             self._upload_failure = error
+        self._upload.cancel()
 
     async def _ingress_to_app(self) -> None:
         flow, stream = self._flow, self._stream

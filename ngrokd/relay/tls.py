@@ -6,7 +6,7 @@ between two memory buffers, and `TlsStream` ties it to a transport:
 Sending is synchronous. `send_nowait` encrypts what it is given (records of 16 KiB; small views are joined first) and
 moves the ciphertext to the transport at once. What the transport did not take is the backlog. Above BACKLOG_LIMIT
 bytes of it nothing more is taken, which is the back-pressure: the flow keeps its bytes, its TCP window closes. Somebody
-must move the backlog on, with `drain` or `wait_sendable`; `on_backlog` is called when there begins to be one.
+must move the backlog on, with `drain` or `wait_sendable`; `on_blocked` is called when there begins to be one.
 
 Receiving takes what the transport has, once, and decrypts all complete records in it into memory that is allocated for
 them and never touched again: TCP holds views of it until the app has acknowledged them. Nothing is kept between calls
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
     from ngrokd.relay.transport import Transport
 
-BACKLOG_LIMIT: Final = 256 * 1024  # bytes of ciphertext; one more write may end above it
+# Bytes of ciphertext; one more write may end above it. With what the kernel holds unsent it bridges the time until this
+# process looks at the stream again; 64 to 256 KiB were equally fast, and a stalled flow keeps this much.
+BACKLOG_LIMIT: Final = 128 * 1024
 # Bytes of ciphertext per receive: four records, and so one segment to an app whose device has offload.
 CHUNK: Final = 64 * 1024
 # OpenSSL's memory buffers grow by a third more than what is put in, and never shrink. So this much goes through them at
@@ -207,7 +209,8 @@ class TlsStream:
     for the backlog. The bytes a receiver gets are never modified afterwards.
 
     Attributes:
-        on_backlog: called, synchronously, when a backlog begins; whoever sets it sees to it that `drain` runs.
+        on_blocked: called, synchronously, when a backlog begins, and when the connection is found broken; whoever sets
+            it sees to it that `drain` runs, which sends the backlog, or raises.
         bytes_sent, bytes_received: plaintext.
     """
 
@@ -226,7 +229,7 @@ class TlsStream:
         "backlog",
         "bytes_received",
         "bytes_sent",
-        "on_backlog",
+        "on_blocked",
     )
 
     def __init__(self, transport: Transport, session: TlsSession, *, scratch: memoryview | None = None) -> None:
@@ -250,7 +253,7 @@ class TlsStream:
         self.backlog = 0  # bytes of ciphertext that the transport has not taken
         self._draining = False
         self._progress: trio.Event | None = None
-        self.on_backlog: Callable[[], None] | None = None
+        self.on_blocked: Callable[[], None] | None = None
         self.bytes_sent = 0
         self.bytes_received = 0
 
@@ -513,8 +516,8 @@ class TlsStream:
         self._backlog.append(memoryview(data)[sent:])
         begins = not self.backlog
         self.backlog += len(data) - sent
-        if begins and self.on_backlog is not None:
-            self.on_backlog()
+        if begins and self.on_blocked is not None:
+            self.on_blocked()
 
     def _flush(self) -> None:
         """Move as much of the backlog as the transport takes now."""
@@ -568,6 +571,8 @@ class TlsStream:
     def _break(self, cut: _Cut) -> None:
         if self._broken is None:
             self._broken = cut
+            if self.on_blocked is not None:
+                self.on_blocked()
         self._backlog.clear()
         self.backlog = 0
         self._wake()

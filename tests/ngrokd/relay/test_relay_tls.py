@@ -331,7 +331,7 @@ async def test_the_backlog_is_bounded_and_wakes_its_waiters_at_half(make_pair: M
     """Above the bound nothing is taken, so that the app's window closes; room is announced with hysteresis."""
     client, server = await make_pair(capacity=16 * 1024)
     begun: list[int] = []
-    client.on_backlog = lambda: begun.append(client.backlog)
+    client.on_blocked = lambda: begun.append(client.backlog)
     said = random.Random(3).randbytes(2 * BACKLOG_LIMIT)
 
     taken = client.send_nowait([said])
