@@ -11,6 +11,10 @@ Three rules shape it:
   plan asks for a second look and changes nothing.
 
 The same listing gives the same plan in any order, and a plan made twice changes nothing.
+
+What there may be 65,000 of (`Service`, `Skipped`) is kept from the garbage collector, as `Endpoint` is: these values
+cannot be part of a cycle. The work is plain Python in small steps, so that it can be done in a thread beside the
+packets: no single call into C that holds the interpreter for long.
 """
 
 from __future__ import annotations
@@ -24,6 +28,8 @@ from ipaddress import IPv4Address
 from operator import is_
 from types import MappingProxyType
 from typing import Final
+
+import msgspec
 
 from ngrokd.endpoints import ALWAYS_DENIED, BadEndpoint, Endpoint, parse_endpoint, printable, shown_url
 from ngrokd.names.addresses import AddressPool
@@ -39,8 +45,7 @@ SHADOWS_PUBLIC: Final = "shadows-public"
 """Flag of a host name that resolves publicly as well: this machine now reaches ngrok under it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Service:
+class Service(msgspec.Struct, frozen=True, gc=False):
     """A host name and port that is served.
 
     Attributes:
@@ -59,8 +64,7 @@ class Service:
         return 1 + len(self.others)
 
 
-@dataclass(frozen=True, slots=True)
-class Skipped:
+class Skipped(msgspec.Struct, frozen=True, gc=False):
     """An endpoint that is not served, and why. All printable; `id` and `url` are "" where there was none."""
 
     id: str
