@@ -111,7 +111,10 @@ def _fields(record: logging.LogRecord) -> dict[str, object]:
 
 
 def _message(record: logging.LogRecord) -> str:
-    text = record.getMessage()
+    try:
+        text = record.getMessage()
+    except (TypeError, ValueError):  # a placeholder and its argument disagree: a bug that must not end the daemon
+        text = f"{record.msg} (its arguments do not fit)"
     suppressed = getattr(record, "suppressed", 0)
     return text + (f" ({suppressed} more like this suppressed)" if suppressed else "")
 

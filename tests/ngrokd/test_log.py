@@ -63,6 +63,13 @@ def installed(
         yield logging.getLogger("ngrokd.test"), log
 
 
+class Unprintable:
+    """Its text cannot be had."""
+
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
 def record(message: str, *arguments: object, **extra: object) -> logging.LogRecord:
     made = logging.getLogger("ngrokd.x").makeRecord(
         "ngrokd.x", logging.WARNING, "/src/x.py", 7, message, arguments, None, extra=extra
@@ -225,6 +232,17 @@ def test_the_cause_of_an_error_is_told() -> None:
         text = fold_traceback(error)
 
     assert re.fullmatch(r"ValueError: v \[.*\] <- KeyError: 'k' \[.*\]", text)
+
+
+@pytest.mark.parametrize(("message", "argument"), [("%d flows", "x"), ("100% of %s %s", "x"), ("%s", Unprintable())])
+def test_a_wrong_placeholder_costs_the_line_its_arguments_and_nothing_more(
+    pipe: Pipe, message: str, argument: object
+) -> None:
+    """The rarest lines are the least tried ones, and the daemon must outlive them."""
+    with installed(pipe) as (log, _):
+        log.warning(message, argument)
+
+    assert pipe.text().endswith(f"warning: {message} (its arguments do not fit)\n")
 
 
 # A reader that does not read
