@@ -132,9 +132,6 @@ class Handler:
         serving = _Serving(request, trio.current_time())
         try:
             await self._serve(serving)
-        except trio.Cancelled:
-            self._counts["cancelled" if serving.flow is None else "ended"] += 1
-            raise
         except trio.BrokenResourceError as error:
             self._count_failure(serving, APP_GONE, "app_gone", str(error))
         except RelayError as error:
@@ -143,11 +140,13 @@ class Handler:
             self._count_failure(serving, CUT, "system", str(error) or type(error).__name__)
         except Exception as error:  # the boundary: one flow's bug must not end the others
             self._counts["bugs"] += 1
-            self._counts["refused" if serving.flow is None else "ended"] += 1
+            self._decide(serving, "refused" if serving.flow is None else "ended")
             self._report(serving, BUG, "bug", f"{type(error).__name__}: {error}", trace=traceback.format_exc())
             if self._strict:
                 raise
         finally:
+            if not serving.outcome:  # cancelled, which may come as a group
+                self._decide(serving, "cancelled" if serving.flow is None else "ended")
             if serving.flow is None:
                 request.refuse()
             else:
@@ -165,7 +164,7 @@ class Handler:
         self._dial_s += opened.dial_s
         flow = self._accept(serving, opened)
         await splice(flow, opened.stream)
-        self._counts["completed"] += 1
+        self._decide(serving, "completed")
 
     def _accept(self, serving: _Serving, opened: OpenedStream) -> Flow:
         """Accept and tell; whatever goes wrong in it, neither end is left."""
@@ -186,9 +185,13 @@ class Handler:
     def _count_failure(self, serving: _Serving, kind: str, reason: str, message: str, remedy: str = "") -> None:
         if serving.flow is None:
             kind = REFUSED
-        self._counts[kind] += 1
+        self._decide(serving, kind)
         self._reasons[reason] += 1
         self._report(serving, kind, reason, message, remedy)
+
+    def _decide(self, serving: _Serving, outcome: str) -> None:
+        serving.outcome = outcome
+        self._counts[outcome] += 1
 
     def _report(
         self, serving: _Serving, kind: str, reason: str, message: str, remedy: str = "", trace: str = ""
@@ -206,13 +209,14 @@ _COUNTERS: Final = ("requests", "accepted", "completed", "refused", "cancelled",
 class _Serving:
     """One request on its way."""
 
-    __slots__ = ("begun", "dial_s", "endpoint", "flow", "request")
+    __slots__ = ("begun", "dial_s", "endpoint", "flow", "outcome", "request")
 
     def __init__(self, request: Request, begun: float) -> None:
         self.request = request
         self.begun = begun
         self.endpoint: Endpoint | None = None
         self.flow: Flow | None = None
+        self.outcome = ""  # one of _COUNTERS, once
         self.dial_s = 0.0
 
 
