@@ -11,6 +11,7 @@ from typing import Final, Protocol
 
 # Linux unix(7): struct ucred {pid, uid, gid}; asm-generic/socket.h.
 _SO_PEERGROUPS: Final = 59
+_MAX_OPTION_BYTES: Final = 1024  # all that Python's getsockopt takes: 256 groups
 # macOS sys/un.h: SOL_LOCAL options; struct xucred {version, uid, ngroups, groups[16]}.
 _SOL_LOCAL: Final = 0
 _LOCAL_PEERCRED: Final = 1
@@ -44,7 +45,7 @@ def peer_of(connection: Socket) -> Peer:
         return _peer_of_darwin(connection)
     pid, uid, gid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     try:
-        packed = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * 1024)
+        packed = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MAX_OPTION_BYTES)
         groups = struct.unpack(f"{len(packed) // 4}I", packed[: len(packed) // 4 * 4])
     except OSError:  # before Linux 4.13, or more groups than fit: the primary one must do
         groups = ()

@@ -7,6 +7,8 @@ import json
 import os
 import socket
 import stat
+import subprocess
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -559,6 +561,26 @@ def test_the_kernel_says_who_is_there() -> None:
 
     assert (peer.pid, peer.uid, peer.gid) == (os.getpid(), os.getuid(), os.getgid())
     assert peer.groups >= set(os.getgroups())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become somebody else")
+def test_the_kernel_says_in_which_groups_somebody_is(folder: Path) -> None:
+    """Members of the configured group have it as one of many, hardly ever as their first."""
+    connect = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
+    folder.chmod(0o755)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "s"))
+        os.chmod(folder / "s", 0o666)
+        listener.listen(1)
+        subprocess.run(
+            [sys.executable, "-S", "-c", connect, str(folder / "s")],
+            user=65534, group=65534, extra_groups=[77, 5000], check=True,
+        )  # fmt: skip
+        connection, _ = listener.accept()
+        with connection:
+            peer = peer_of(connection)
+
+    assert (peer.uid, peer.gid, peer.groups) == (65534, 65534, {77, 5000})
 
 
 def test_a_control_error_is_one_of_ours() -> None:
