@@ -58,7 +58,9 @@ def build_echo_reply(source: bytes, destination: bytes, message: bytes | memoryv
     return packet
 
 
-def build_error(kind: int, code: int, source: bytes, destination: bytes, quoted: bytes | memoryview) -> bytearray:
+def build_error(
+    kind: int, code: int, source: bytes, destination: bytes, quoted: bytes | bytearray | memoryview
+) -> bytearray:
     """An error about a datagram: a complete packet.
 
     Args:
