@@ -566,21 +566,21 @@ def test_the_kernel_says_who_is_there() -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may become somebody else")
 def test_the_kernel_says_in_which_groups_somebody_is(folder: Path) -> None:
     """Members of the configured group have it as one of many, hardly ever as their first."""
-    connect = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
+    connect = (
+        "import os, socket, sys; os.setgroups([77, 5000]); os.setgid(65534); os.setuid(65534);"
+        "socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
+    )
     folder.chmod(0o755)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(folder / "s"))
         os.chmod(folder / "s", 0o666)
         listener.listen(1)
-        subprocess.run(
-            [sys.executable, "-S", "-c", connect, str(folder / "s")],
-            user=65534, group=65534, extra_groups=[77, 5000], check=True,
-        )  # fmt: skip
+        subprocess.run([sys.executable, "-S", "-c", connect, str(folder / "s")], check=True)
         connection, _ = listener.accept()
         with connection:
             peer = peer_of(connection)
 
-    assert (peer.uid, peer.gid, peer.groups) == (65534, 65534, {77, 5000})
+    assert (peer.uid, peer.gid, peer.groups) == (65534, 65534, frozenset({77, 5000}))
 
 
 def test_a_control_error_is_one_of_ours() -> None:
