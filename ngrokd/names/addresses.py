@@ -73,7 +73,7 @@ class AddressPool:
         self._first = int(self.subnet.network_address) + 2
         self._last = int(self.subnet.broadcast_address) - 1
         self._next = self._first  # nothing below is free
-        self._held: dict[str, int] = {}
+        self._held: dict[str, IPv4Address] = {}  # the one object that all who show or serve the address share
         self._holder: dict[int, str] = {}
         self._released: dict[str, float] = {}
         self._aliases: dict[str, str] = {}  # the Go daemon's spelling (upper case) -> the name
@@ -126,8 +126,7 @@ class AddressPool:
 
     def get(self, host: str) -> IPv4Address | None:
         """The address this name holds or has reserved."""
-        value = self._held.get(host)
-        return None if value is None else IPv4Address(value)
+        return self._held.get(host)
 
     def assign(self, hosts: Iterable[str], now: float) -> dict[str, IPv4Address]:
         """Give every name its address.
@@ -137,26 +136,30 @@ class AddressPool:
             now: wall clock, seconds since 1970.
 
         Returns:
-            The addresses by name, names sorted. Names for which there was none are missing here and listed in
-            `without_address`.
+            The addresses by name, in no particular order. Names for which there was none are missing here and listed
+            in `without_address`.
         """
         wanted = set(hosts)
         self._mark_released(wanted, now)
         without: list[str] = []
         reusable: list[int] | None = None
-        for host in sorted(wanted - self._held.keys()):
-            address = self._fresh()
-            if not address:
+        for host in sorted(host for host in wanted if host not in self._held):
+            free = self._fresh()
+            if not free:
                 if reusable is None:
                     reusable = self._past_quarantine(now)
                 if not reusable:
                     without.append(host)
                     continue
-                address = reusable.pop()
-            self._hold(host, address)
+                free = reusable.pop()
+            self._hold(host, free)
         self.without_address = tuple(without)
-        held = self._held
-        return {host: IPv4Address(held[host]) for host in sorted(wanted) if host in held}
+        given: dict[str, IPv4Address] = {}
+        for host in wanted:
+            address = self._held.get(host)
+            if address is not None:
+                given[host] = address
+        return given
 
     def shortage(self) -> str:
         """What to tell the user when `full`, else ""."""
@@ -171,7 +174,7 @@ class AddressPool:
 
     def dump(self) -> dict[str, str]:
         """`ip_mappings.json`: every held and reserved address by name, sorted by name."""
-        mapping = {host: _dotted(address) for host, address in self._held.items()}
+        mapping = {host: str(address) for host, address in self._held.items()}
         mapping.update((spelling, mapping[host]) for spelling, host in self._aliases.items())
         return dict(sorted(mapping.items()))
 
@@ -197,11 +200,13 @@ class AddressPool:
     # Handing out
 
     def _mark_released(self, wanted: set[str], now: float) -> None:
-        back = wanted & self._released.keys()
-        gone = self._held.keys() - wanted - self._released.keys()
+        released = self._released
+        back = wanted.intersection(released)
+        gone = [host for host in self._held if host not in wanted and host not in released]
         for host in back:
-            del self._released[host]
-        self._released.update((host, now) for host in gone)
+            del released[host]
+        for host in gone:
+            released[host] = now
         if back or gone:
             self.generation += 1
 
@@ -213,7 +218,7 @@ class AddressPool:
     def _past_quarantine(self, now: float) -> list[int]:
         """Addresses whose names have been gone long enough, the longest gone last."""
         # A release time in the future (the clock was set back) is simply not ripe yet: waiting is the safe mistake.
-        ripe = [(t, self._held[host]) for host, t in self._released.items() if now - t >= self._quarantine_s]
+        ripe = [(t, int(self._held[host])) for host, t in self._released.items() if now - t >= self._quarantine_s]
         return [address for _, address in sorted(ripe, reverse=True)]
 
     def _hold(self, host: str, address: int) -> None:
@@ -222,9 +227,12 @@ class AddressPool:
             del self._held[former]
             self._released.pop(former, None)
             self._aliases = {spelling: name for spelling, name in self._aliases.items() if name != former}
-        self._held[host] = address
-        self._holder[address] = host
+        self._take(host, address)
         self.generation += 1
+
+    def _take(self, host: str, address: int) -> None:
+        self._held[host] = IPv4Address(address)
+        self._holder[address] = host
 
     # Taking over
 
@@ -248,7 +256,7 @@ class AddressPool:
                     f"ip_mappings.json: {shown} has {what}, which is not an address; it gets a new one"
                 )
             elif host in self._held:
-                if self._held[host] == address:
+                if int(self._held[host]) == address:
                     self._aliases[key] = host
                 else:
                     self.problems.append(
@@ -270,8 +278,7 @@ class AddressPool:
                     f"ip_mappings.json: {shown} shares {value} with {self._holder[address]}; it gets its own"
                 )
             else:
-                self._held[host] = address
-                self._holder[address] = host
+                self._take(host, address)
                 if host != key:
                     self._aliases[key] = host
         if moved and former is not None:
@@ -286,8 +293,7 @@ class AddressPool:
         for host, text in self._remembered.pop(str(self.subnet), {}).items():
             address = _parse(text)
             if address is not None and self._usable(address) and host not in self._held and address not in self._holder:
-                self._held[host] = address
-                self._holder[address] = host
+                self._take(host, address)
 
     def _read_state(self, state: object) -> Mapping[str, object]:
         if state is None:

@@ -2,7 +2,8 @@
 
 The data plane asks once for each new connection and is handed a whole new Directory when something changes, so it
 never sees half a change. 65,000 endpoints fit in a few megabytes: one key object per address, port sets shared by all
-addresses with the same ports, and no container where an address has a single port.
+addresses with the same ports, and no container where an address has a single port. All that takes time is done when
+a Directory is made, which may be in a thread; what the data plane asks of it takes microseconds.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Directory:
         entries: address and endpoint; the port is the endpoint's. A second endpoint at the same place is our own bug.
     """
 
-    __slots__ = ("_at", "_count")
+    __slots__ = ("_at", "_count", "_served")
 
     def __init__(self, entries: Iterable[tuple[Address, Endpoint]] = ()) -> None:
         self._at: dict[bytes, Endpoint | tuple[Endpoint, ...]] = {}
@@ -39,6 +40,7 @@ class Directory:
                 assert all(other.port != endpoint.port for other in several), (address, endpoint)
                 self._at[key] = (*several, endpoint)
             self._count += 1
+        self._served = _ports(self._at)
 
     @classmethod
     def empty(cls) -> Directory:
@@ -53,7 +55,7 @@ class Directory:
                 bytes).
         """
         address, port = destination
-        found = self._at.get(address if isinstance(address, bytes) else ip_address(address).packed)
+        found = self._at.get(address if isinstance(address, bytes) else _packed(address))
         if found is None:
             return None
         if isinstance(found, tuple):
@@ -62,20 +64,7 @@ class Directory:
 
     def served(self) -> Mapping[bytes, frozenset[int]]:
         """The ports by packed address, in the shape the TCP stack takes. Equal port sets are one object."""
-        shared: dict[frozenset[int], frozenset[int]] = {}
-        single: dict[int, frozenset[int]] = {}
-        served: dict[bytes, frozenset[int]] = {}
-        for key, found in self._at.items():
-            if isinstance(found, tuple):
-                ports = frozenset(endpoint.port for endpoint in found)
-                served[key] = shared.setdefault(ports, ports)
-            else:
-                one = single.get(found.port)
-                if one is None:
-                    one = frozenset((found.port,))
-                    one = single[found.port] = shared.setdefault(one, one)
-                served[key] = one
-        return MappingProxyType(served)
+        return MappingProxyType(self._served)
 
     def __iter__(self) -> Iterator[tuple[Address, Endpoint]]:
         for key, found in self._at.items():
@@ -92,3 +81,31 @@ class Directory:
 
     def __repr__(self) -> str:
         return f"<Directory of {self._count} endpoints at {len(self._at)} addresses>"
+
+
+def _ports(at: Mapping[bytes, Endpoint | tuple[Endpoint, ...]]) -> dict[bytes, frozenset[int]]:
+    shared: dict[frozenset[int], frozenset[int]] = {}
+    single: dict[int, frozenset[int]] = {}
+    served: dict[bytes, frozenset[int]] = {}
+    for key, found in at.items():
+        if isinstance(found, tuple):
+            ports = frozenset(endpoint.port for endpoint in found)
+            served[key] = shared.setdefault(ports, ports)
+        else:
+            one = single.get(found.port)
+            if one is None:
+                one = frozenset((found.port,))
+                one = single[found.port] = shared.setdefault(one, one)
+            served[key] = one
+    return served
+
+
+def _packed(address: str) -> bytes:
+    # For every connection, and for every live flow when something changes: ip_address() takes four times as long.
+    parts = address.split(".")
+    if len(parts) == 4:
+        try:
+            return bytes(map(int, parts))
+        except ValueError:
+            pass
+    return ip_address(address).packed

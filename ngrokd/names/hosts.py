@@ -168,14 +168,14 @@ def tail_offset(old: bytes, new: bytes) -> int:
 
 
 def _lines(entries: Iterable[tuple[Address, str]]) -> bytes:
-    pairs: set[tuple[int, int, str, str]] = set()
+    ranked: dict[tuple[int, str], None] = {}  # as a set that keeps the order: what comes sorted is sorted quickly
     for address, name in entries:
         try:
             value = ip_address(address) if isinstance(address, str) else address
         except ValueError:
             raise HostsRefused(f"{printable(str(address), 60)!r} is not an address") from None
-        pairs.add((value.version, int(value), str(value), name))
-    lines = [f"{address}\t{name}\n" for _, _, address, name in sorted(pairs)]
+        ranked[int(value) + (_AFTER_V4 if value.version == 6 else 0), f"{value}\t{name}\n"] = None
+    lines = [line for _, line in sorted(ranked)]
     wall = _WALL.fullmatch
     for line in lines:
         if wall(line) is None or len(line) > 301:
@@ -270,6 +270,7 @@ def _folded(name: bytes) -> str:
 
 
 _NEWLINE: Final = 10
+_AFTER_V4: Final = 1 << 128
 _MANAGED: Final = b" ngrokd managed section"
 _MARKER_REST: Final = re.compile(_MANAGED + rb"(?: \(([!-'*-~]{1,64})\))?\r?(?:\n|\Z)")
 _INSTANCE: Final = re.compile(r"[!-'*-~]{1,64}")

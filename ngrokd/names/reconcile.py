@@ -27,7 +27,7 @@ from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
 from operator import is_
 from types import MappingProxyType
-from typing import Final
+from typing import Final, TypeAlias
 
 import msgspec
 
@@ -38,6 +38,8 @@ from ngrokd.names.hosts import DEFAULT_INSTANCE, Survey
 
 CONFIRM_FROM: Final = 3
 """From this many endpoints on, an empty listing must be seen twice before anything is removed."""
+
+_Door: TypeAlias = tuple[str, int]  # host name and port: what is asked for, whoever answers
 
 _INGRESS: Final = re.compile(r"[A-Za-z0-9._:\[\]-]{1,270}")
 
@@ -171,6 +173,7 @@ class Plan:
         added: services that were not there.
         removed: services that are no more.
         changed: services at the same name and port whose URL, address or protocol differs: (before, after).
+        skipped: endpoints that are newly skipped, or for another reason than before; in the order of ids.
         confirm: everything vanished at once; ask the API again soon and plan with `confirmed`.
     """
 
@@ -178,11 +181,27 @@ class Plan:
     added: tuple[Service, ...] = ()
     removed: tuple[Service, ...] = ()
     changed: tuple[tuple[Service, Service], ...] = ()
+    skipped: tuple[Skipped, ...] = ()
     confirm: bool = False
 
     def __bool__(self) -> bool:
         """Whether a service comes, goes or changes."""
         return bool(self.added or self.removed or self.changed)
+
+    def transition(self) -> Directory:
+        """What to serve while names come and go: all that either state serves; where both do, what will be.
+
+        It is `desired.directory` itself when nothing goes.
+        """
+        directory = self.desired.directory
+        leaving = [
+            service
+            for service in (*self.removed, *(before for before, _ in self.changed))
+            if directory.lookup((service.address.packed, service.endpoint.port)) is None
+        ]
+        if not leaving:
+            return directory
+        return Directory((one.address, one.endpoint) for one in (*self.desired.services, *leaving))
 
     def summary(self, limit: int = 5) -> str:
         """The difference in one printable line: `2 added (http://a.prod, tcp://b.prod:5432), 1 removed (...)`."""
@@ -222,7 +241,7 @@ def plan(
         limit: how many services at most; those that stand go first, then the order of names.
     """
     endpoints, skipped = _read(listing, previous)
-    doors = _merge(endpoints, refused, skipped)
+    doors, others = _merge(endpoints, refused, skipped)
     if not doors and not confirmed and previous.endpoint_count >= CONFIRM_FROM:
         return Plan(previous, confirm=True)
 
@@ -230,18 +249,19 @@ def plan(
     if len(doors) > limit:
         ranked = sorted(doors, key=lambda door: (door not in before, door))
         for door in ranked[limit:]:
-            skipped.extend(
-                _skip(member, f"more than {limit} endpoints (limits.endpoints)") for member in doors.pop(door)
-            )
+            for member in (doors.pop(door), *others.get(door, ())):
+                skipped.append(_skip(member, f"more than {limit} endpoints (limits.endpoints)"))
     addresses = pool.assign({host for host, _ in doors}, now)
     services: list[Service] = []
-    for (host, port), members in sorted(doors.items()):
-        address = addresses.get(host)
+    for door in _in_order(doors, before):
+        first, rest = doors[door], others.get(door, ())
+        address = addresses.get(door[0])
         if address is None:
-            skipped.extend(_skip(member, f"no address is left in {pool.subnet}") for member in members)
+            for member in (first, *rest):
+                skipped.append(_skip(member, f"no address is left in {pool.subnet}"))
             continue
-        service = Service(members[0], address, tuple(members[1:]))
-        standing = before.get((host, port))
+        service = Service(first, address, rest)
+        standing = before.get(door)
         # Keep the object that stands: at 65,000 endpoints the old and the new state would weigh twice.
         services.append(standing if standing == service else service)
 
@@ -372,9 +392,10 @@ def _says(obj: dict[object, object], endpoint: Endpoint) -> bool:
 
 def _merge(
     endpoints: Iterable[Endpoint], refused: Denied, skipped: list[Skipped]
-) -> dict[tuple[str, int], list[Endpoint]]:
-    """Group by name and port; the first of each list stands for it."""
-    doors: dict[tuple[str, int], list[Endpoint]] = {}
+) -> tuple[dict[_Door, Endpoint], dict[_Door, tuple[Endpoint, ...]]]:
+    """Group by name and port. Returns who stands for each, and the others where there are any."""
+    doors: dict[_Door, Endpoint] = {}
+    several: dict[_Door, list[Endpoint]] = {}
     verdicts: dict[str, str] = {}
     for endpoint in endpoints:
         host = endpoint.host
@@ -383,12 +404,23 @@ def _merge(
             reason = verdicts[host] = refused.reason(host)
         if reason:
             skipped.append(_skip(endpoint, reason))
-        else:
-            doors.setdefault((host, endpoint.port), []).append(endpoint)
-    for door, members in doors.items():
-        if len(members) > 1:
-            doors[door] = _one_scheme(members, skipped)
-    return doors
+            continue
+        door = (host, endpoint.port)
+        first = doors.setdefault(door, endpoint)
+        if first is not endpoint:
+            several.setdefault(door, [first]).append(endpoint)
+    others: dict[_Door, tuple[Endpoint, ...]] = {}
+    for door, members in several.items():
+        doors[door], *rest = _one_scheme(members, skipped)
+        others[door] = tuple(rest)
+    return doors, others
+
+
+def _in_order(doors: Mapping[_Door, Endpoint], before: Mapping[_Door, Service]) -> list[_Door]:
+    """The doors, sorted. Those that stood before are so already, and merging two sorted runs is one quick pass."""
+    standing = [door for door in before if door in doors]
+    fresh = sorted(door for door in doors if door not in before)
+    return sorted(standing + fresh) if standing and fresh else standing or fresh
 
 
 def _one_scheme(members: list[Endpoint], skipped: list[Skipped]) -> list[Endpoint]:
@@ -421,6 +453,7 @@ def _skip_raw(obj: object, reason: str) -> Skipped:
 
 def _difference(previous: Desired, desired: Desired) -> Plan:
     before = {(service.endpoint.host, service.endpoint.port): service for service in previous.services}
+    known = set(previous.skipped)
     added: list[Service] = []
     changed: list[tuple[Service, Service]] = []
     for service in desired.services:
@@ -429,7 +462,8 @@ def _difference(previous: Desired, desired: Desired) -> Plan:
             added.append(service)
         elif former is not service and _face(former) != _face(service):
             changed.append((former, service))
-    return Plan(desired, tuple(added), tuple(before.values()), tuple(changed))
+    skipped = tuple(one for one in desired.skipped if one not in known)
+    return Plan(desired, tuple(added), tuple(before.values()), tuple(changed), skipped)
 
 
 def _face(service: Service) -> tuple[str, str, IPv4Address]:

@@ -62,6 +62,13 @@ def test_addresses_of_both_families_fit() -> None:
     assert directory.served() == {address.packed: frozenset({80})}
 
 
+@pytest.mark.parametrize("text", ["10.107.0", "10.107.0.256", "10.107.0.x", "ten", ""])
+def test_what_is_no_address_is_an_error(text: str) -> None:
+    """Destinations come from our own stack: one that cannot be read is a bug."""
+    with pytest.raises(ValueError, match="does not appear to be"):
+        Directory([(A, HTTP)]).lookup((text, 80))
+
+
 def test_two_endpoints_at_one_place_are_a_bug_of_ours() -> None:
     with pytest.raises(AssertionError):
         Directory([(A, HTTP), (A, HTTP)])

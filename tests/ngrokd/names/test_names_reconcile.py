@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import time
@@ -189,6 +190,51 @@ def test_a_change_at_the_same_door_is_a_change() -> None:
 
     assert (after.added, after.removed) == ((), ())
     assert after.summary() == "1 changed (https://a.prod)"
+
+
+def test_while_names_come_and_go_both_states_are_served() -> None:
+    """The hosts file is written between two snapshots, and whatever stands in it must answer."""
+    pool = AddressPool("10.107.0.0/16")
+    before = make(ep(1, "http://goes.prod"), ep(2, "http://stays.prod"), pool=pool)
+    after = make(ep(2, "https://stays.prod:80"), ep(3, "http://comes.prod"), previous=before.desired, pool=pool)
+
+    between = after.transition()
+
+    assert sorted(endpoint.url for _, endpoint in between) == [
+        "http://comes.prod",
+        "http://goes.prod",
+        "https://stays.prod:80",
+    ]
+
+
+def test_where_nothing_goes_there_is_no_state_between() -> None:
+    """One snapshot less to make, and to tell the data plane."""
+    pool = AddressPool("10.107.0.0/16")
+    before = make(ep(1, "http://a.prod"), pool=pool)
+    after = make(ep(1, "http://a.prod"), ep(2, "http://b.prod"), previous=before.desired, pool=pool)
+
+    assert after.transition() is after.desired.directory
+    assert before.transition() is before.desired.directory
+
+
+def test_a_skipped_endpoint_is_news_once_for_each_reason() -> None:
+    """It is listed in every poll; the log shall not say so in every poll."""
+    pool = AddressPool("10.107.0.0/16")
+    first = make(ep(1, "http://*.a.prod"), ep(2, "ftp://b.prod"), pool=pool)
+    again = make(ep(1, "http://*.a.prod"), ep(2, "http://*.b.prod"), previous=first.desired, pool=pool)
+
+    assert [one.id for one in first.skipped] == ["ep_1", "ep_2"]
+    assert [one.id for one in again.skipped] == ["ep_2"]
+    assert len(again.desired.skipped) == 2
+
+
+def test_the_garbage_collector_has_nothing_to_walk_over() -> None:
+    """65,000 tracked objects would hold up every packet for as long as each full collection takes."""
+    made = make(ep(1, "http://a.prod"), ep(2, "http://*.a.prod"))
+
+    assert not gc.is_tracked(made.desired.services[0])
+    assert not gc.is_tracked(made.desired.services[0].endpoint)
+    assert not gc.is_tracked(made.desired.skipped[0])
 
 
 def test_the_log_line_stays_short() -> None:
