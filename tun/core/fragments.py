@@ -1,8 +1,9 @@
 """IPv4 reassembly, for echo requests only (RFC 791 3.2, RFC 815, RFC 5722).
 
 The local kernel never fragments TCP (it sets DF), so what is put together here is `ping -s 20000`. That is a courtesy,
-and its price is bounded: 64 datagrams, 1 MiB and 30 s, the oldest going first. Fragments that overlap kill their
-datagram: nobody honest sends them, and every reassembler that tried to be clever was attacked through it.
+and its price is bounded: 64 datagrams of at most 128 parts, 1 MiB and 30 s, the oldest going first. Fragments that
+overlap kill their datagram: nobody honest sends them, and every reassembler that tried to be clever was attacked
+through it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Final
 
 MAX_DATAGRAMS: Final = 64
 MAX_BYTES: Final = 1 << 20
+MAX_PARTS: Final = 128  # 64 KiB over a link of 576 bytes; finding a part's place costs as many steps
 TIMEOUT_S: Final = 30.0  # RFC 1122 3.3.2 says 60..120 s for a network; ours is one queue long
 MAX_PAYLOAD: Final = 65515  # 65535 less the header
 # What a stored fragment costs besides its bytes (FragmentSmack CVE-2018-5391: tiny ones must not be cheap).
@@ -65,19 +67,19 @@ class Reassembler:
             (more and len(payload) % 8)
             or not payload
             or end > MAX_PAYLOAD
+            or len(datagram.parts) >= MAX_PARTS
             or (datagram.total >= 0 and (end > datagram.total or not more))
         ):
             self._drop(key)
             return None
         index = 0
-        for index, (start, part) in enumerate(datagram.parts):  # noqa: B007 - at most 8 KiB of fragments of 8 bytes
+        for start, part in datagram.parts:
             if start >= end:
                 break
             if start + len(part) > offset:
                 self._drop(key)
                 return None
-        else:
-            index = len(datagram.parts)
+            index += 1
         if not more:
             if index != len(datagram.parts):
                 self._drop(key)

@@ -70,6 +70,7 @@ _TIGHT_CAP: Final = 16 * 1024
 # Under full memory the flows that hold much and move little are ended (sockstress).
 _STALLED_AFTER_S: Final = 30.0
 _STALLED_BYTES: Final = 64 * 1024
+_RELIEVED: Final = 0.9
 _RELIEF_INTERVAL_S: Final = 1.0
 
 _INFINITE: Final = math.inf
@@ -856,7 +857,7 @@ class Stack:
                 stalled.append((flow.charged, key))
         stalled.sort(reverse=True)
         for _, key in stalled:
-            if budget.used <= budget.limit * _TIGHT:
+            if budget.used <= budget.limit * _RELIEVED:
                 return
             flow = self.flows[key]
             flow.evict()

@@ -137,7 +137,8 @@ def render_markdown() -> str:
     lines = [
         "# The states of a connection",
         "",
-        "Generated from `tun/core/states.py` by `python -m tun.core.states > docs/tcp-states.md`; do not edit.",
+        "Generated from `tun/core/states.py`, do not edit:",
+        "`python -c 'from tun.core import states; print(states.render_markdown(), end=\"\")' > docs/tcp-states.md`",
         "",
         "We are always the passive side of RFC 9293 3.3.2: apps connect to us. `SYN_PENDING` is ours: the SYN has come",
         "and nothing is answered until somebody decided whether the connection can be carried. `LISTEN` is a served",
@@ -159,7 +160,3 @@ def render_markdown() -> str:
     lines += [f"| {name} | {meaning} |" for name, meaning in zip(EVENT_NAMES, EVENT_MEANINGS, strict=True)]
     lines += ["", "A pair that is not listed cannot happen; the machine raises if it does.", ""]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(render_markdown(), end="")  # noqa: T201 - a generator's output

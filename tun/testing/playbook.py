@@ -87,6 +87,7 @@ class Playbook:
 
     Attributes:
         stack, flow, now: for tests that look deeper.
+        packets: everything the stack has sent, complete, in order.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Playbook:
         self.pattern_sent = True
         self.full = False
         self.verified = verified
+        self.packets: list[bytes] = []
         self._outputs: list[str] = []
         self._pending: dict[Flow, None] = {}
         self._header = Ipv4Header()
@@ -352,6 +354,7 @@ class Playbook:
         return True
 
     def _record(self, packet: bytes, gso_size: int) -> None:
+        self.packets.append(packet)
         header, segment = self._header, self._segment
         if parse_ipv4(packet, 0, header) != verdict.OK or header.total_length != len(packet):
             raise AssertionError(f"a bad IPv4 header: {packet[:40].hex()}")
