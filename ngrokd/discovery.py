@@ -15,6 +15,9 @@ The order of applying never shows a name whose path does not work:
 What it refuses to do: give up. Every expected error (`ApiError`, a file that cannot be written) leaves what was last
 good in place, is written down where `status` shows it, and is tried again. Only a defect of ours gets out of `run`.
 
+Between two polls it looks at the hosts file every other second, which is one `stat`, and puts our names back when
+somebody has edited it; whoever edits it again and again is answered ever more slowly.
+
 Deciding is fast but not free: 65,000 endpoints take a good part of a second. So the pure parts run where `run_sync`
 runs them, which is a thread in the daemon and nothing at all under a simulated clock, and a listing that is the same
 as the last is not looked at again.
@@ -38,7 +41,6 @@ from ngrokd import files
 from ngrokd.cloud.api import KeyRefusedError, NgrokApi, Operator, OperatorGoneError, trouble_of
 from ngrokd.cloud.backoff import Backoff, Trouble
 from ngrokd.cloud.identity import (
-    BadPair,
     IdentityStore,
     Step,
     StoredIdentity,
@@ -48,11 +50,12 @@ from ngrokd.cloud.identity import (
 )
 from ngrokd.config import Settings
 from ngrokd.endpoints import Credentials
-from ngrokd.errors import ApiError, StateError
-from ngrokd.host.hostsfile import HostsFileError, edit_hosts, fingerprint, read_hosts
+from ngrokd.errors import ApiError, NgrokdError, StateError
+from ngrokd.host.hostsfile import HostsFileError, edit_hosts, fingerprint, read_hosts, remove_stale_hosts
 from ngrokd.names import hosts, reconcile
 from ngrokd.names.addresses import AddressPool
 from ngrokd.names.directory import Directory
+from ngrokd.names.hosts import HostsRefused
 from ngrokd.names.reconcile import Desired, Plan
 
 log = logging.getLogger("ngrokd.discovery")
@@ -60,14 +63,17 @@ log = logging.getLogger("ngrokd.discovery")
 MAPPINGS: Final = "ip_mappings.json"
 ADDRESSES: Final = "addresses.json"
 ENDPOINTS: Final = "endpoints.json"
+# Whose temporary files a killed run may have left; the identity's are the identity store's affair.
+STATE_FILES: Final = (MAPPINGS, ADDRESSES, ENDPOINTS, "api_key", "ingress-ca.pem")
 # 65,000 endpoints are 10 MB; what is larger was not written by us.
 MAX_STATE_BYTES: Final = 128 << 20
 # An answer that takes everything away is asked for again this soon before it is believed.
 CONFIRM_S: Final = 5.0
-# A hosts file that could not be written (full disk, read-only for a moment) is tried again this often.
-HOSTS_RETRY_S: Final = 30.0
-# How long a shutdown waits for the deletion of an operator that could not be saved.
-TAKE_BACK_S: Final = 5.0
+# A file that could not be written (full disk, read-only for a moment) is tried again this often.
+RETRY_S: Final = 30.0
+# How often the hosts file is looked at between two polls.
+HOSTS_LOOK_S: Final = 2.0
+HOSTS_TRIES: Final = 3
 
 
 class RunSync(Protocol):
@@ -93,6 +99,7 @@ class Knowledge:
         problem: what the API (or the state directory) last refused, "" when all is well; `remedy` goes with it.
         auth_failed: the API does not accept the key.
         hosts_problem: why the names are not in the hosts file, "" when they are.
+        state_problem: why something could not be saved in the state directory, "" when all is saved.
         renewal_problem: why the certificate could not be renewed, "" when it could or need not.
         from_last_known: what is served was read from disk and not yet confirmed.
     """
@@ -108,6 +115,7 @@ class Knowledge:
     remedy: str = ""
     auth_failed: bool = False
     hosts_problem: str = ""
+    state_problem: str = ""
     renewal_problem: str = ""
     from_last_known: bool = False
     polls: int = 0
@@ -129,6 +137,11 @@ class Discovery:
         run_sync: see `RunSync`.
         machine_names: what this machine calls itself.
         rng: for jitter.
+
+    Attributes:
+        first_attempt: the API was asked once, well or not.
+        first_success: it answered, and what it lists is served and named.
+        ingress_settled: what the API says of the ingress is known, or cannot be had for now.
     """
 
     def __init__(
@@ -164,14 +177,19 @@ class Discovery:
         self._listing: list[object] | None = None
         self._saved_generation = -1
         self._endpoints_saved = False
-        self._hosts_print: tuple[int, ...] = ()
+        self._unsaved: dict[str, str] = {}  # file -> why
+        self._hosts_print: tuple[int, ...] | None = None  # None: nothing of ours was written yet
+        self._hosts_retry_at = math.inf
         self._confirming = False
         self._force_renewal = False
         self._ingress_known = False
         self._asking = False
+        self._rounds = 0
         self._wanted = trio.Event()
         self._round_over = trio.Event()
+        self.first_attempt = trio.Event()
         self.first_success = trio.Event()
+        self.ingress_settled = trio.Event()
 
     # What others ask for
 
@@ -182,12 +200,15 @@ class Discovery:
 
     async def ask_now(self) -> None:
         """Ask the API now and wait until that is over, well or not. Cancelled, the asking goes on."""
-        over = self._round_over
+        # What is under way may have begun before the caller's change.
+        wanted = self._rounds + (2 if self._asking else 1)
         self.poke()
-        if self._asking:  # what is under way may have begun before the caller's change
-            await over.wait()
-            over = self._round_over
-        await over.wait()
+        while self._rounds < wanted:
+            await self._round_over.wait()
+
+    async def next_round(self) -> None:
+        """Wait until the API was asked the next time, well or not."""
+        await self._round_over.wait()
 
     def refresh_certificate(self, *, force: bool) -> None:
         """Look at the certificate now; renew it when it is due, or in any case."""
@@ -202,15 +223,24 @@ class Discovery:
         Never fails for damaged files: what cannot be read is logged and made anew.
         """
         directory = self.settings.state.directory
+        files.remove_stale(directory, STATE_FILES)
+        if self.settings.hosts.enabled:
+            remove_stale_hosts(self.settings.hosts.path)
         self._pool = AddressPool.load(self.settings.net.subnet, self._read(MAPPINGS), self._read(ADDRESSES))
         for problem in self._pool.problems:
             log.warning("%s", problem)
-        self._adopt(self._store.load())
+        stored = self._store.load()
+        try:
+            self._adopt(stored)
+        except NgrokdError as error:
+            log.warning("%s", error)
+            self._adopt(replace(stored, credentials=None, notes=()))
         last = reconcile.load_endpoints(self._read(ENDPOINTS))
         if last.problem:
             log.warning("%s", last.problem)
         self.known.ingress_endpoint = last.ingress_endpoint
         if last.listing:
+            self.ingress_settled.set()
             self._listing = None
             self.known.from_last_known = True
             log.info("serving the %d endpoints last known in %s until the API answers", len(last.listing), directory)
@@ -227,13 +257,14 @@ class Discovery:
             return None
 
     def _adopt(self, identity: StoredIdentity) -> None:
+        """Be this operator from now on. Raises NgrokdError, having changed nothing, when its certificate is no use."""
         for note in identity.notes:
             log.warning("%s", note)
+        if identity.credentials is not None:
+            self._use(identity.credentials)
+            self.known.credentials = identity.credentials
         self._identity = identity
         self.known.operator_id = identity.operator_id
-        if identity.credentials is not None:
-            self.known.credentials = identity.credentials
-            self._use(identity.credentials)
 
     # The loop
 
@@ -244,19 +275,37 @@ class Discovery:
             self._asking = True
             delay = await self._round()
             self._asking = False
+            self._rounds += 1
+            if self.known.tried_at:
+                self.first_attempt.set()
+                self.ingress_settled.set()
             if self.known.polled_at:
                 self.first_success.set()
             self._round_over.set()
             self._round_over = trio.Event()
-            with trio.move_on_after(delay):
-                await self._wanted.wait()
+            await self._rest(delay)
+
+    async def _rest(self, delay_s: float) -> None:
+        """Wait for the next round, and keep our names in the hosts file meanwhile."""
+        look_s = HOSTS_LOOK_S
+        with trio.move_on_after(delay_s):
+            while not self._wanted.is_set():
+                with trio.move_on_after(look_s):
+                    await self._wanted.wait()
+                if self._hosts_need_us():
+                    look_s *= 2
+                    await self._name()
+                    self._listing = None  # what others wrote may change what may be served; the next poll judges
 
     async def _round(self) -> float:
         """One poll. Returns how long to wait before the next, in seconds."""
         known = self.known
-        known.waiting_for_key = not self._has_key()
-        if known.waiting_for_key:
+        if not self._has_key():
+            if not known.waiting_for_key:
+                log.warning("there is no API key yet; set one with: sudo ngrokd set-api-key")
+            known.waiting_for_key = True
             return math.inf
+        known.waiting_for_key = False
         known.tried_at = self._wall()
         known.polls += 1
         started = trio.current_time()
@@ -282,11 +331,11 @@ class Discovery:
             log.warning("%s%s", error, f"; {error.remedy}" if error.remedy else "")
         known.problem, known.remedy = str(error), error.remedy
         if isinstance(error, OperatorGoneError) and known.operator_id:
-            # The operator was deleted at ngrok. The next round registers another one; addresses and names stay.
+            # The operator was deleted at ngrok. The next round registers another one; addresses and names stay. That
+            # round waits as after any failure: an API that denies each new operator must not get one every second.
             log.warning("operator %s is gone at ngrok; registering again", known.operator_id)
             self._identity = replace(self._identity, operator_id="")
             known.operator_id = ""
-            return min(self.settings.api.poll_interval_s, 1.0)
         return self._backoff.next_delay(
             trio.current_time(),
             self._rng,
@@ -302,37 +351,48 @@ class Discovery:
 
         A renewal that fails is not fatal while the old certificate holds: the endpoints are listed all the same.
         """
+        known = self.known
         decision = next_step(self._identity, self._wall(), force=self._force_renewal)
         if decision.step is Step.USE:
             return
-        log.info("%s", decision.reason)
+        if not known.renewal_problem:
+            log.info("%s", decision.reason)
+        try:
+            operator = await self._obtain(decision.step)
+        except (KeyRefusedError, OperatorGoneError):
+            raise
+        except (ApiError, StateError) as error:
+            if decision.step is Step.REGISTER or not decision.usable:
+                raise
+            if str(error) != known.renewal_problem:
+                log.warning("the certificate could not be renewed: %s", error)
+            known.renewal_problem = str(error)
+            return
+        self._force_renewal = False
+        known.renewal_problem = ""
+        self._learn_ingress(operator)
+
+    async def _obtain(self, step: Step) -> Operator:
+        """Get a certificate for a new key from ngrok, save both and use them. Raises ApiError, StateError."""
         self._store.check_writable()
         key_pem, csr_pem = await self._run_sync(new_key_and_csr)
-        if decision.step is Step.REGISTER:
+        if step is Step.REGISTER:
             operator = await self._api.register(csr_pem, self.settings.api.selectors)
         else:
-            try:
-                operator = await self._api.renew(self._identity.operator_id, csr_pem)
-            except ApiError as error:
-                if not decision.usable or isinstance(error, KeyRefusedError | OperatorGoneError):
-                    raise
-                log.warning("the certificate could not be renewed: %s", error)
-                self.known.renewal_problem = str(error)
-                return
+            operator = await self._api.renew(self._identity.operator_id, csr_pem)
         try:
             credentials = credentials_of(key_pem, operator.certificate_pem)
-            await self._run_sync(self._store.save, operator.id, credentials)
-        except (StateError, BadPair) as error:
-            if decision.step is Step.REGISTER:
+            with trio.CancelScope(shield=True):  # what ngrok has made for us must not be forgotten at a shutdown
+                await self._run_sync(self._store.save, operator.id, credentials)
+            self._adopt(StoredIdentity(operator.id, credentials))
+        except NgrokdError as error:
+            if step is Step.REGISTER:
                 await self._take_back(operator.id)
-            if isinstance(error, BadPair):
-                raise ApiError(f"ngrok's answer holds no certificate for our key: {error}") from error
-            raise
-        self._force_renewal = False
-        self.known.renewal_problem = ""
-        self._adopt(StoredIdentity(operator.id, credentials))
+            if isinstance(error, StateError):
+                raise
+            raise ApiError(f"ngrok's answer holds no certificate that fits our key: {error}") from error
         log.info("operator %s, certificate valid until %s", operator.id, _day(credentials.not_after))
-        self._learn_ingress(operator)
+        return operator
 
     async def _look_at_operator(self) -> None:
         """Once per start: ask where the ingress is, which registering and renewing would have told."""
@@ -343,7 +403,9 @@ class Discovery:
         self._ingress_known = True
         if operator.ingress_endpoint and operator.ingress_endpoint != self.known.ingress_endpoint:
             self.known.ingress_endpoint = operator.ingress_endpoint
+            self._endpoints_saved = False  # it stands in the same file
             self._reach(operator.ingress_endpoint)
+        self.ingress_settled.set()
 
     async def _take_back(self, operator_id: str) -> None:
         """An operator that nobody remembers would stay at ngrok for ever."""
@@ -370,18 +432,15 @@ class Discovery:
             self._listing = listing
         known.polled_at = self._wall()
         known.from_last_known = False
-        return min(interval, HOSTS_RETRY_S) if known.hosts_problem else interval
+        return min(interval, RETRY_S) if known.state_problem else interval
 
     def _undisturbed(self) -> bool:
         """Whether the same listing would lead to the same state: nobody touched the hosts file, nothing is owed."""
-        if self.known.hosts_problem or self.known.desired.without_address:
+        known = self.known
+        if known.hosts_problem or self._unsaved or not self._endpoints_saved or known.desired.without_address:
             return False
-        if not self.settings.hosts.enabled:
-            return True
-        try:
-            return fingerprint(self.settings.hosts.path) == self._hosts_print
-        except HostsFileError:
-            return False
+        hosts_file = self.settings.hosts
+        return not hosts_file.enabled or fingerprint(hosts_file.path) == self._hosts_print
 
     def _plan(self, listing: list[object], confirmed: bool = False) -> Plan:
         settings = self.settings
@@ -424,8 +483,8 @@ class Discovery:
         await self._run_sync(self._save_addresses)
         if plan.added or plan.changed:
             self._publish(await self._run_sync(_union, before, after))
-        known.desired = after
-        await self._run_sync(self._write_hosts)
+        known.desired = after.with_flags(known.desired.flags)  # some may have been found since the plan was made
+        await self._name()
         self._publish(after.directory)
         if plan or known.from_last_known or not self._endpoints_saved:
             await self._run_sync(self._save_endpoints)
@@ -447,12 +506,29 @@ class Discovery:
         try:
             files.atomic_write(path, dump(), mode)
         except StateError as error:
-            # In memory everything is right; the next change writes it all again.
-            log.error("%s", error)
-            return False
-        return True
+            # In memory everything is right; the next poll tries again.
+            if self._unsaved.get(name) != str(error):
+                log.error("%s%s", error, f"; {error.remedy}" if error.remedy else "")
+            self._unsaved[name] = str(error)
+        else:
+            self._unsaved.pop(name, None)
+        self.known.state_problem = next(iter(self._unsaved.values()), "")
+        return name not in self._unsaved
 
     # The hosts file
+
+    def _hosts_need_us(self) -> bool:
+        """Whether somebody edited the file since we wrote it, or it is time to try again what failed."""
+        if self.known.hosts_problem:
+            return trio.current_time() >= self._hosts_retry_at
+        if not self.settings.hosts.enabled or self._hosts_print is None:
+            return False
+        return fingerprint(self.settings.hosts.path) != self._hosts_print
+
+    async def _name(self) -> None:
+        """Make the hosts file say what is desired."""
+        await self._run_sync(self._write_hosts)
+        self._hosts_retry_at = trio.current_time() + RETRY_S
 
     def _write_hosts(self) -> None:
         settings, known = self.settings, self.known
@@ -460,9 +536,14 @@ class Discovery:
             return
         entries = known.desired.hosts_entries()
         try:
-            edit_hosts(settings.hosts.path, lambda text: self._rendered(text, entries))
-            self._hosts_print = fingerprint(settings.hosts.path)
-        except HostsFileError as error:
+            # Remembered is the mark of a file that was then read and found right, so that no edit of others, however
+            # soon after ours, is taken for our own.
+            for _ in range(HOSTS_TRIES):
+                mark = fingerprint(settings.hosts.path)
+                if not edit_hosts(settings.hosts.path, lambda text: self._rendered(text, entries)):
+                    break
+            self._hosts_print = mark
+        except (HostsFileError, HostsRefused) as error:
             if str(error) != known.hosts_problem:
                 log.warning("%s%s", error, f"; {error.remedy}" if error.remedy else "")
             known.hosts_problem = str(error)

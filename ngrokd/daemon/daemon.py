@@ -60,7 +60,7 @@ from ngrokd.names import reconcile
 from ngrokd.ops.control import Command, ControlError, ControlServer, ControlSocket
 from ngrokd.ops.notify import Notifier
 from ngrokd.ops.peers import Peer
-from ngrokd.ops.web import EndpointHealth, Health, HttpListener, WebServer, status_document
+from ngrokd.ops.web import EndpointHealth, Health, HttpListener, WebServer, format_time, status_document
 from ngrokd.relay.handler import FlowEvent
 from ngrokd.relay.transport import Transport
 from tun import Device, StackSettings
@@ -172,11 +172,14 @@ class Daemon:
         self._stopping = trio.Event()
         self._stop_now = False
         self._draining = False
+        self._serving = False
         self._resolve_now = trio.Event()
         self._device_lost = trio.Event()
-        self._ingress_host = ""
+        self._ingress_told: tuple[str, int] | None = None
+        self._ingress_looked_up = trio.Event()
         self._ingress_addresses: tuple[str, ...] = ()
         self._ingress_problem = ""
+        self._network_problem = ""
         self._found_ca = b""
         self.ready = trio.Event()
         self.traffic = Traffic()
@@ -280,39 +283,47 @@ class Daemon:
             run_sync=machine.run_sync,
             machine_names=machine.names,
         )
-        self._tell_anchors()
+        self.plane.tell(self._anchors(settings))
         self._tell_sources()
 
     async def _serve(self, control: ControlSocket, web: HttpListener | None) -> None:
-        discovery = self.discovery
         async with trio.open_nursery() as nursery:
             await nursery.start(self._run_plane)
+            await nursery.start(ControlServer(self.commands, strict=self._strict).serve, control)
+            if web is not None:
+                server = WebServer(web.host, self.health, self.endpoint_health, strict=self._strict)
+                await nursery.start(server.serve, web)
+            nursery.start_soon(self.machine.watch, self._tell_sources)
+            nursery.start_soon(self._replace_devices)
+            nursery.start_soon(self._keep_watchdog)
+            self._serving = True
+            self._notifier.ready("waiting for the endpoints")
             try:
-                await nursery.start(ControlServer(self.commands, strict=self._strict).serve, control)
-                if web is not None:
-                    server = WebServer(web.host, self.health, self.endpoint_health, strict=self._strict)
-                    await nursery.start(server.serve, web)
-                self._notifier.ready("waiting for the endpoints")
-                await discovery.restore()
-                nursery.start_soon(self._keep_ingress_addresses)
-                nursery.start_soon(self.machine.watch, self._tell_sources)
-                nursery.start_soon(self._replace_devices)
-                nursery.start_soon(self._say_ready)
-                nursery.start_soon(self._keep_watchdog)
-                nursery.start_soon(
-                    flag_public_names, discovery, self.machine.resolve, IPv4Network(self.settings.net.subnet)
-                )
-                polling = await nursery.start(self._poll)
-                await self._stopping.wait()
-                log.info("stopping: new connections are refused, %d live", self.plane.flow_count)
-                self._notifier.stopping(f"draining {self.plane.flow_count} connections")
-                polling.cancel()
+                await self._name_endpoints()
             finally:
-                # Names go first, while connections to them are still refused politely.
-                discovery.withdraw()
+                # Names go first, while connections to them are still refused politely. All that writes them has ended,
+                # what it had in a thread included.
+                with trio.CancelScope(shield=True):
+                    await self.machine.run_sync(self.discovery.withdraw)
             self._draining = True
             self.plane.drain(0.0 if self._stop_now else self.settings.net.drain_s)
             await self._plane_ended.wait()
+            nursery.cancel_scope.cancel()
+
+    async def _name_endpoints(self) -> None:
+        """Keep this machine's names as ngrok lists them, until it is time to stop."""
+        await self.discovery.restore()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_ingress_addresses)
+            nursery.start_soon(self.discovery.run)
+            nursery.start_soon(self._say_ready)
+            nursery.start_soon(self._keep_status)
+            nursery.start_soon(
+                flag_public_names, self.discovery, self.machine.resolve, IPv4Network(self.settings.net.subnet)
+            )
+            await self._stopping.wait()
+            log.info("stopping: new connections are refused, %d live", self.plane.flow_count)
+            self._notifier.stopping(f"draining {self.plane.flow_count} connections")
             nursery.cancel_scope.cancel()
 
     async def _run_plane(self, *, task_status: trio.TaskStatus[None]) -> None:
@@ -322,26 +333,48 @@ class Daemon:
         finally:
             self._plane_ended.set()
 
-    async def _poll(self, *, task_status: trio.TaskStatus[trio.CancelScope]) -> None:
-        with trio.CancelScope() as scope:
-            task_status.started(scope)
-            await self.discovery.run()
-
     async def _say_ready(self) -> None:
         """Print the ready line, once. See docs/adr/0010."""
         discovery = self.discovery
-        with trio.move_on_after(READY_WAIT_S if discovery.known.desired.services else math.inf):
+        if discovery.known.desired.services:
+            with trio.move_on_after(READY_WAIT_S):
+                await discovery.first_attempt.wait()
+        else:
             await discovery.first_success.wait()
+        while self._ingress_told != self._ingress_address():
+            await self._ingress_looked_up.wait()
         net = self.settings.net
         count = len(discovery.known.desired.services)
         self.ready.set()
-        print(
-            f"[ready] ngrokd {__version__} tun={self.plane.network.device.name} subnet={net.subnet} "
-            f"endpoints={count} sock={self.settings.control.socket}",
-            file=self._output,
-            flush=True,
-        )
-        self._notifier.status(f"serving {count} endpoints")
+        self._notifier.status(self._summary())
+        try:
+            print(
+                f"[ready] ngrokd {__version__} tun={self.plane.network.device.name} subnet={net.subnet} "
+                f"endpoints={count} sock={self.settings.control.socket}",
+                file=self._output,
+                flush=True,
+            )
+        except (OSError, ValueError) as error:  # its reader is gone, or it is closed: the apps are served all the same
+            log.warning("the ready line could not be printed: %s", error)
+
+    async def _keep_status(self) -> None:
+        """Tell the service manager in a few words how we are, whenever that may have changed."""
+        said = ""
+        while True:
+            summary = self._summary()
+            if summary != said:
+                said = summary
+                self._notifier.status(summary)
+            await self.discovery.next_round()
+
+    def _summary(self) -> str:
+        known = self.discovery.known
+        if known.waiting_for_key:
+            return "waiting for an API key: sudo ngrokd set-api-key"
+        if not self.ready.is_set():
+            return f"waiting for the endpoints{f': {known.problem}' if known.problem else ''}"
+        serving = f"serving {len(known.desired.services)} endpoints"
+        return "; ".join([serving, *self.problems])
 
     async def _keep_watchdog(self) -> None:
         interval = self._notifier.watchdog_s
@@ -357,7 +390,7 @@ class Daemon:
                 if number != signal.SIGHUP:
                     log.info("got %s", signal.Signals(number).name)
                     self.stop()
-                elif self.ready.is_set():
+                elif self._serving:
                     # A wrong configuration has been logged, and the old one goes on.
                     with contextlib.suppress(NgrokdError):
                         await self._reload_command([], None)
@@ -388,8 +421,10 @@ class Daemon:
             while True:
                 try:
                     self.plane.replace_device(self.machine.reopen())
+                    self._network_problem = ""
                     break
                 except NgrokdError as error:
+                    self._network_problem = f"the interface is gone: {error}"
                     log.error("%s; trying again in %.1f s", error, delay)
                     await trio.sleep(delay)
                     delay = min(delay * 2, 5.0)
@@ -399,38 +434,46 @@ class Daemon:
     def _tell_sources(self) -> None:
         self.plane.tell(Accept(self.machine.addresses(), self.settings.net.allow_sources))
 
-    def _tell_anchors(self) -> None:
-        settings = self.settings
-        found = os.path.join(settings.state.directory, INGRESS_CA)
+    def _anchors(self, settings: Settings) -> Trust:
+        """Whom the ingress is verified against. Raises ConfigError for a configured file that cannot be read."""
         pem = _read_ca("ingress.ca_file", settings.ingress.ca_file)
         pem += b"".join(_directory_certificates(NGROK_CA_DIRECTORY))
+        pem += b"\n" + self._found_ca
         with contextlib.suppress(FileNotFoundError, StateError):
-            pem += b"\n" + files.read_limited(found, MAX_CA_BYTES)
-        self.plane.tell(Trust(True, pem, settings.ingress.ca_fingerprints))
+            pem += b"\n" + files.read_limited(os.path.join(settings.state.directory, INGRESS_CA), MAX_CA_BYTES)
+        return Trust(True, pem, settings.ingress.ca_fingerprints)
 
     async def _keep_ingress_addresses(self) -> None:
         """Look the ingress up now, every few minutes, when it changes, and soon again when that failed."""
+        if not self.settings.ingress.address:
+            await self.discovery.ingress_settled.wait()
         while True:
             self._resolve_now = trio.Event()
-            host, port = self._ingress_address()
-            delay = RESOLVE_EVERY_S
-            try:
-                with trio.fail_after(RESOLVE_TIMEOUT_S):
-                    addresses = await self.machine.resolve(host, port)
-            except (OSError, trio.TooSlowError) as error:
-                # The last good addresses go on being used: a name server's outage is not the ingress's.
-                self._ingress_problem = f"cannot look up the ingress {host}: {str(error) or 'no answer'}"
-                log.warning("%s", self._ingress_problem)
-                delay = RESOLVE_AGAIN_S
-                if host != self._ingress_host:
-                    self.plane.tell(Reach(host, port, ()))
-            else:
-                self._ingress_problem = ""
-                self._ingress_addresses = addresses
-                self.plane.tell(Reach(host, port, addresses))
-            self._ingress_host = host
+            delay = await self._look_up_ingress(*self._ingress_address())
+            self._ingress_looked_up.set()
+            self._ingress_looked_up = trio.Event()
             with trio.move_on_after(delay):
                 await self._resolve_now.wait()
+
+    async def _look_up_ingress(self, host: str, port: int) -> float:
+        """Tell the data plane where the ingress is. Returns after how many seconds that may have changed."""
+        delay = RESOLVE_EVERY_S
+        try:
+            with trio.fail_after(RESOLVE_TIMEOUT_S):
+                addresses = await self.machine.resolve(host, port)
+        except (OSError, ValueError, trio.TooSlowError) as error:
+            self._ingress_problem = f"cannot look up the ingress {host}: {str(error) or 'no answer'}"
+            log.warning("%s", self._ingress_problem)
+            delay = RESOLVE_AGAIN_S
+            # The last good addresses go on being used: a name server's outage is not the ingress's.
+            same = self._ingress_told is not None and self._ingress_told[0] == host
+            addresses = self._ingress_addresses if same else ()
+        else:
+            self._ingress_problem = ""
+        self._ingress_addresses = addresses
+        self._ingress_told = (host, port)
+        self.plane.tell(Reach(host, port, addresses))
+        return delay
 
     def _ingress_address(self) -> tuple[str, int]:
         """Host and port: configured, else what the API said, else ngrok's."""
@@ -517,18 +560,21 @@ class Daemon:
         self._notifier.reloading()
         try:
             fresh = self._reload()
+            merged = config.merge_live(self.settings, fresh)
+            anchors = self._anchors(merged)
         except ConfigError as error:
-            log.error("the configuration was not reloaded:\n%s", error)
+            for line in ("the configuration was not reloaded:", *str(error).splitlines()):
+                log.error("%s", line)
             raise
         finally:
             self._notifier.ready()
         live, restart = config.reloadable(self.settings, fresh)
-        self.settings = self.discovery.settings = config.merge_live(self.settings, fresh)
+        self.settings = self.discovery.settings = merged
         if self._log_control is not None:
             self._log_control.set_level(self.settings.log.level)
             self._log_control.set_format(self.settings.log.format)
         self._find_key()
-        self._tell_anchors()
+        self.plane.tell(anchors)
         self._tell_sources()
         self._resolve_now.set()
         self.discovery.poke()
@@ -549,7 +595,16 @@ class Daemon:
             return "waiting_for_key"
         if not self.ready.is_set():
             return "starting"
-        return "degraded" if known.problem or known.hosts_problem or self._ingress_problem else "ready"
+        return "degraded" if self.problems else "ready"
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong now, although we serve: a line each."""
+        known = self.discovery.known
+        full = "names have no address, because the subnet is full" if known.desired.without_address else ""
+        api, files_here = [known.problem, known.renewal_problem], [known.hosts_problem, known.state_problem]
+        found = [*api, self._ingress_problem, *files_here, full, self._network_problem]
+        return [problem for problem in found if problem]
 
     @property
     def is_ready(self) -> bool:
@@ -597,7 +652,7 @@ class Daemon:
             "state": self.state,
             "version": __version__,
             "pid": os.getpid(),
-            "started_at": self._started_wall,
+            "started_at": _when(self._started_wall),
             "uptime_s": round(trio.current_time() - self._started_at, 3),
             "interface": self.plane.network.device.name,
             "subnet": net.subnet,
@@ -607,14 +662,14 @@ class Daemon:
                 "key_problem": self._key.problem,
                 "waiting_for_key": known.waiting_for_key,
                 "auth_failed": known.auth_failed,
-                "polled_at": known.polled_at,
-                "tried_at": known.tried_at,
+                "polled_at": _when(known.polled_at),
+                "tried_at": _when(known.tried_at),
                 "problem": known.problem,
                 "remedy": known.remedy,
             },
             "certificate": {
-                "not_before": credentials.not_before if credentials else 0,
-                "not_after": credentials.not_after if credentials else 0,
+                "not_before": _when(credentials.not_before if credentials else 0),
+                "not_after": _when(credentials.not_after if credentials else 0),
                 "problem": known.renewal_problem,
             },
             "ingress": {
@@ -627,6 +682,8 @@ class Daemon:
                 "path": self.settings.hosts.path,
                 "problem": known.hosts_problem,
             },
+            "state_directory": {"path": self.settings.state.directory, "problem": known.state_problem},
+            "network": {"problem": self._network_problem},
             "skipped": [{"id": one.id, "url": one.url, "reason": one.reason} for one in known.desired.skipped],
             "without_address": list(known.desired.without_address),
             "from_last_known": known.from_last_known,
@@ -641,6 +698,11 @@ def state_lock(directory: str) -> Iterator[None]:
     files.ensure_private_directory(directory)
     with files.Lock(os.path.join(directory, "lock"), "ngrokd"):
         yield
+
+
+def _when(wall: float) -> str | None:
+    """RFC 3339 in UTC, whole seconds; None for 0, which stands for never."""
+    return format_time(wall) if 0 < wall < math.inf else None
 
 
 def _read_ca(key: str, path: str) -> bytes:
