@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import trio
 
-from ngrokd.relay.tls import CHUNK, TlsSession, TlsStream
+from ngrokd.relay.tls import CHUNK, SCRATCH, TlsSession, TlsStream
 from ngrokd.relay.transport import connect_tcp
 
 
@@ -69,7 +69,7 @@ async def connect(port: int, certificate: str) -> TlsStream:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(certificate)
     session = TlsSession(context, server_hostname="bench")
-    stream = TlsStream(await connect_tcp("127.0.0.1", port), session, scratch=memoryview(bytearray(CHUNK)))
+    stream = TlsStream(await connect_tcp("127.0.0.1", port), session, scratch=memoryview(bytearray(SCRATCH)))
     await stream.handshake()
     return stream
 

@@ -27,7 +27,7 @@ import trio
 from ngrokd.endpoints import printable
 from ngrokd.errors import BindingRefused, IngressUnreachable, IngressUntrusted, StreamTruncated
 from ngrokd.relay.binding import BindingResponse, ResponseDecoder, encode_request
-from ngrokd.relay.tls import CHUNK, TlsAlert, TlsSession, TlsStream
+from ngrokd.relay.tls import SCRATCH, TlsAlert, TlsSession, TlsStream
 from ngrokd.relay.transport import connect_tcp
 from ngrokd.relay.trust import Presented, Trust, describe, presented_chain
 
@@ -123,7 +123,7 @@ class Ingress:
         self._preferred = ""  # the address that answered last
         self._probing = trio.Lock()
         self._untrusted: tuple[ssl.SSLContext, str, float] | None = None  # verified against, message, until
-        self._scratch = memoryview(bytearray(CHUNK))
+        self._scratch = memoryview(bytearray(SCRATCH))
 
     # -- what it is told
 
