@@ -492,7 +492,7 @@ class Daemon:
     async def _status_command(self, _arguments: list[str], _peer: Peer | None) -> dict[str, object]:
         return self.status()
 
-    async def _list_command(self, _arguments: list[str], _peer: Peer | None) -> list[dict[str, object]]:
+    async def _list_command(self, _arguments: list[str], _peer: Peer | None) -> Iterator[dict[str, object]]:
         return reconcile.rows(self.discovery.known.desired)
 
     async def _version_command(self, _arguments: list[str], _peer: Peer | None) -> dict[str, object]:
@@ -620,22 +620,23 @@ class Daemon:
             uptime_s=trio.current_time() - self._started_at,
         )
 
-    def endpoint_health(self) -> dict[str, EndpointHealth]:
-        """Each service by the id of the endpoint that stands for it."""
-        answer: dict[str, EndpointHealth] = {}
+    def endpoint_health(self) -> Iterator[tuple[str, EndpointHealth]]:
+        """Each service with the id of the endpoint that stands for it, made one by one."""
         for service in self.discovery.known.desired.services:
             endpoint = service.endpoint
             seen = self.traffic.of(endpoint.host, endpoint.port)
-            answer[endpoint.id] = EndpointHealth(
-                name=endpoint.host,
-                local_address=f"{service.address}:{endpoint.port}",
-                target_uri=endpoint.url,
-                connections=seen.live,
-                total_connections=seen.total,
-                last_activity=seen.last_activity,
-                errors=seen.errors,
+            yield (
+                endpoint.id,
+                EndpointHealth(
+                    name=endpoint.host,
+                    local_address=f"{service.address}:{endpoint.port}",
+                    target_uri=endpoint.url,
+                    connections=seen.live,
+                    total_connections=seen.total,
+                    last_activity=seen.last_activity,
+                    errors=seen.errors,
+                ),
             )
-        return answer
 
     def status(self) -> dict[str, object]:
         """What `status` answers: the Go daemon's fields, then ours. No secret is in it."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
@@ -275,10 +275,13 @@ def plan(
     return _difference(previous, desired)
 
 
-def rows(desired: Desired) -> list[dict[str, object]]:
-    """What `list` answers: the Go daemon's fields, then ours, one row for each service, sorted by host and port."""
-    return [
-        {
+def rows(desired: Desired) -> Iterator[dict[str, object]]:
+    """What `list` answers: the Go daemon's fields, then ours, one row for each service, sorted by host and port.
+
+    They are made one by one: all of 65,000 would take a fifth of a second.
+    """
+    for service in desired.services:
+        yield {
             "id": service.endpoint.id,
             "hostname": service.endpoint.host,
             "ip": str(service.address),
@@ -292,8 +295,6 @@ def rows(desired: Desired) -> list[dict[str, object]]:
             "pool_size": service.pool_size,
             "flags": list(desired.flags.get(service.endpoint.host, ())),
         }
-        for service in desired.services
-    ]
 
 
 # The last known state, for a start while the API is down

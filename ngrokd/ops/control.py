@@ -37,6 +37,7 @@ from ngrokd import files
 from ngrokd.endpoints import printable
 from ngrokd.errors import Exit, NgrokdError, PermissionMissingError, StateError, TakenError
 from ngrokd.metrics import Counters
+from ngrokd.ops.answers import json_pieces
 from ngrokd.ops.peers import Peer, peer_of, process_name
 
 log = logging.getLogger(__name__)
@@ -73,8 +74,8 @@ class Command:
     """One command of the control protocol.
 
     Attributes:
-        handler: gets the arguments and who asks; returns what JSON can show, or raises NgrokdError. It is not
-            interrupted when the client leaves.
+        handler: gets the arguments and who asks; returns what JSON can show (what may be long as an iterator), or
+            raises NgrokdError. It is not interrupted when the client leaves.
         changes: only root and the daemon's own user may give it.
     """
 
@@ -212,9 +213,17 @@ def failure_of(error: NgrokdError) -> dict[str, object]:
     return failure(str(error), int(code), error.remedy)
 
 
-def encode_answer(answer: Mapping[str, object]) -> bytes:
-    """The answer as one line. `data` must be what JSON can show; surrogates are escaped, so it is always ASCII."""
-    return json.dumps(answer, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+def encode_answer(answer: Mapping[str, object]) -> Iterator[bytes]:
+    """The answer as one line, in pieces that are made one by one (see `ngrokd.ops.answers`).
+
+    `data` must be what JSON can show; surrogates are escaped, so it is always ASCII.
+    """
+    last = b""
+    for piece in json_pieces(answer):
+        if last:
+            yield last
+        last = piece
+    yield last + b"\n"
 
 
 # The server
@@ -283,7 +292,8 @@ class ControlServer:
                 answer = failure("too many connections", Exit.TEMPORARY, "try again in some seconds")
             if answer is not None:
                 with trio.move_on_after(WRITE_S):
-                    await stream.send_all(encode_answer(answer))
+                    for piece in encode_answer(answer):
+                        await stream.send_all(piece)
 
     @contextmanager
     def _place(self, peer: Peer) -> Iterator[bool]:

@@ -19,11 +19,11 @@ import ipaddress
 import logging
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import ClassVar, Final, Self
+from typing import ClassVar, Final, Self, TypeAlias
 
 import trio
 
@@ -31,6 +31,7 @@ from ngrokd import http1
 from ngrokd.config import split_address
 from ngrokd.errors import Exit, NgrokdError, PermissionMissingError, TakenError
 from ngrokd.metrics import Counters
+from ngrokd.ops.answers import Members, json_pieces
 from ngrokd.ops.peers import port_owner
 
 log = logging.getLogger(__name__)
@@ -94,6 +95,9 @@ class EndpointHealth:
     errors: int = 0
 
 
+Endpoints: TypeAlias = Iterable[tuple[str, EndpointHealth]]
+
+
 def format_go_duration(seconds: float) -> str:
     """As Go prints a time.Duration of whole seconds: "2h15m30s", "1m0s", "0s"."""
     minutes, second = divmod(max(0, int(seconds)), 60)
@@ -108,14 +112,31 @@ def format_time(wall: float | None) -> str:
     return NEVER if wall is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(wall))
 
 
-def status_document(health: Health, endpoints: Mapping[str, EndpointHealth]) -> dict[str, object]:
-    """What `/status` and the control command `health` answer. `endpoints`: by id."""
+def status_document(health: Health, endpoints: Endpoints) -> dict[str, object]:
+    """What `/status` and the control command `health` answer, for `answers.json_pieces` to encode.
+
+    Args:
+        health: how we are.
+        endpoints: with their ids. Of those with one id the first is shown.
+    """
     return {
         "healthy": health.healthy,
         "ready": health.ready,
         "uptime": format_go_duration(health.uptime_s),
-        "endpoints": {
-            identifier: {
+        "endpoints": Members(_endpoint_members(endpoints)),
+        "start_time": format_time(health.started_at),
+    }
+
+
+def _endpoint_members(endpoints: Endpoints) -> Iterator[tuple[str, object]]:
+    shown: set[str] = set()
+    for identifier, endpoint in endpoints:
+        if identifier in shown:
+            continue
+        shown.add(identifier)
+        yield (
+            identifier,
+            {
                 "name": endpoint.name,
                 "local_address": endpoint.local_address,
                 "target_uri": endpoint.target_uri,
@@ -124,11 +145,8 @@ def status_document(health: Health, endpoints: Mapping[str, EndpointHealth]) -> 
                 "total_connections": endpoint.total_connections,
                 "last_activity": format_time(endpoint.last_activity),
                 "errors": endpoint.errors,
-            }
-            for identifier, endpoint in endpoints.items()
-        },
-        "start_time": format_time(health.started_at),
-    }
+            },
+        )
 
 
 def host_allowed(header: str | None, listen_host: str) -> bool:
@@ -165,7 +183,7 @@ class WebServer:
     Args:
         listen_host: the host part of `http.listen`.
         health: how we are; cheap, it is asked by every probe.
-        endpoints: all of them by id; asked only for `/status`.
+        endpoints: all of them with their ids, best one by one; asked only for `/status`.
         strict: let a bug in those two rise instead of ending only its connection: for tests.
     """
 
@@ -173,7 +191,7 @@ class WebServer:
         self,
         listen_host: str,
         health: Callable[[], Health],
-        endpoints: Callable[[], Mapping[str, EndpointHealth]],
+        endpoints: Callable[[], Endpoints],
         *,
         strict: bool = False,
     ) -> None:
@@ -242,7 +260,11 @@ class WebServer:
         return http1.Response.text(200 if ready else 503, "ready\n" if ready else "not ready\n")
 
     async def _status(self, _request: http1.Request) -> http1.Response:
-        return http1.Response.json(200, status_document(self._health(), self._endpoints()))
+        body = bytearray()
+        for piece in json_pieces(status_document(self._health(), self._endpoints())):
+            body += piece
+            await trio.lowlevel.checkpoint()
+        return http1.Response(200, (("content-type", "application/json"),), bytes(body))
 
 
 class HttpListener:

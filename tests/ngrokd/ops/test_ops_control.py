@@ -231,12 +231,12 @@ def test_no_bytes_break_the_scanner_or_the_parser(data: bytes) -> None:
         if scanner.feed(data):
             parse_request(scanner.data)
     except BadRequest as error:
-        encode_answer(control.failure_of(error))
+        b"".join(encode_answer(control.failure_of(error)))
 
 
 def test_what_cannot_be_shown_is_escaped() -> None:
     """The answer is ASCII and one line, whatever it quotes."""
-    line = encode_answer(control.failure("\ud800\n\x1b[2J\u202e", 1))
+    line = b"".join(encode_answer(control.failure("\ud800\n\x1b[2J\u202e", 1)))
 
     assert line.isascii()
     assert line.count(b"\n") == 1

@@ -15,6 +15,7 @@ import trio.testing
 
 from ngrokd import http1
 from ngrokd.errors import Exit, PermissionMissingError, TakenError
+from ngrokd.ops.answers import json_pieces
 from ngrokd.ops.peers import port_owner
 from ngrokd.ops.web import (
     CONNECTIONS,
@@ -40,7 +41,8 @@ ENDPOINTS = {
 def server(
     *, endpoints: Mapping[str, EndpointHealth] = ENDPOINTS, ready: bool = True, host: str = "127.0.0.1"
 ) -> WebServer:
-    return WebServer(host, lambda: Health(len(endpoints), ready, STARTED, 8130.9), lambda: endpoints, strict=True)
+    health = Health(len(endpoints), ready, STARTED, 8130.9)
+    return WebServer(host, lambda: health, lambda: endpoints.items(), strict=True)
 
 
 async def get(web: WebServer, path: str, *, method: str = "GET", host: str = "127.0.0.1:8081") -> http1.Response:
@@ -264,9 +266,18 @@ def test_a_port_that_needs_a_right_is_a_permission_error(monkeypatch: pytest.Mon
 
 def test_the_document_of_many_endpoints_keeps_their_order() -> None:
     """As the daemon lists them, so that two answers can be compared."""
-    many = {f"ep_{number}": EndpointHealth(f"n{number}", "", "") for number in (3, 1, 2)}
+    many = [(f"ep_{number}", EndpointHealth(f"n{number}", "", "")) for number in (3, 1, 2)]
 
-    endpoints = status_document(Health(3, True, 0.0, 0.0), many)["endpoints"]
+    document = json.loads(b"".join(json_pieces(status_document(Health(3, True, 0.0, 0.0), many))))
 
-    assert isinstance(endpoints, dict)
-    assert list(endpoints) == ["ep_3", "ep_1", "ep_2"]
+    assert list(document["endpoints"]) == ["ep_3", "ep_1", "ep_2"]
+
+
+def test_two_endpoints_with_one_id_do_not_spoil_the_document() -> None:
+    """Ids are the API's; a member given twice is no sound JSON."""
+    twice = [("ep_1", EndpointHealth("first", "", "")), ("ep_1", EndpointHealth("second", "", ""))]
+
+    document = b"".join(json_pieces(status_document(Health(2, True, 0.0, 0.0), twice)))
+
+    assert document.count(b'"ep_1"') == 1
+    assert b"first" in document
