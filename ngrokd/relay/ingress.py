@@ -217,6 +217,7 @@ class Ingress:
     ) -> TlsStream:
         """See whether the ingress presents a CA that we know by its fingerprint, and verify against it."""
         progress.phase = "looking at the certificate chain of the ingress"
+        name = self.name
         async with self._probing:
             context = self._trust.context()
             if context is not failed:  # another flow found the CA, or the anchors were changed meanwhile
@@ -237,10 +238,10 @@ class Ingress:
                         self._on_ca_found(ssl.DER_cert_to_PEM_cert(pinned).encode())
                     return stream
             message = (
-                f"the ingress {self.name} is not trusted: {printable(error.verify_message)}; "
-                f"it presented {describe(chain)}"
+                f"the ingress {name} is not trusted: {printable(error.verify_message)}; it presented {describe(chain)}"
             )
-            self._untrusted = (self._trust.context(), message, trio.current_time() + UNTRUSTED_FOR_S)
+            if self.name == name:
+                self._untrusted = (self._trust.context(), message, trio.current_time() + UNTRUSTED_FOR_S)
             raise _untrusted(message) from error
 
     def _raise_remembered(self, context: ssl.SSLContext) -> None:
@@ -252,9 +253,10 @@ class Ingress:
 
     async def _probe(self, progress: _Progress) -> list[Presented]:
         """Look at the chain: a handshake without client certificate that is given up as soon as the chain is there."""
+        host = self._host
         transport = await self._dial_any(progress)
         try:
-            session = TlsSession(self._trust.probe_context(), server_hostname=self._host)
+            session = TlsSession(self._trust.probe_context(), server_hostname=host)
             while True:
                 try:
                     complete = session.handshake_step()
@@ -280,10 +282,11 @@ class Ingress:
 
     async def _dial_tls(self, context: ssl.SSLContext, progress: _Progress) -> TlsStream:
         """Connect and do the handshake. Raises ssl.SSLCertVerificationError and the relay's errors."""
+        host = self._host  # of the addresses that are dialled now, whatever is set meanwhile
         transport = await self._dial_any(progress)
         progress.phase = "doing the TLS handshake"
         try:
-            stream = TlsStream(transport, TlsSession(context, server_hostname=self._host), scratch=self._scratch)
+            stream = TlsStream(transport, TlsSession(context, server_hostname=host), scratch=self._scratch)
             await stream.handshake()
         except ssl.SSLCertVerificationError:
             transport.abort()
@@ -326,19 +329,19 @@ class Ingress:
         failures: list[str] = []
         transport: Transport | None = None
         if len(addresses) == 1:
-            transport = await self._dial_one(addresses[0], failures)
+            transport = await self._dial_one(addresses[0], self._port, failures)
             winner = addresses[0]
         else:
-            race = _Race(self._dial_one, addresses, failures)
+            race = _Race(self._dial_one, addresses, self._port, failures)
             transport, winner = await race.run()
         if transport is None:
             raise IngressUnreachable(f"cannot reach the ingress {self.name}: {', '.join(failures)}", remedy=_CHECK)
         self._preferred = winner
         return transport
 
-    async def _dial_one(self, address: str, failures: list[str]) -> Transport | None:
+    async def _dial_one(self, address: str, port: int, failures: list[str]) -> Transport | None:
         try:
-            return await self._dial(address, self._port)
+            return await self._dial(address, port)
         except (OSError, trio.BrokenResourceError) as error:
             failures.append(f"{address}: {getattr(error, 'strerror', None) or error}")
             return None
@@ -423,12 +426,14 @@ class _Race:
 
     def __init__(
         self,
-        dial: Callable[[str, list[str]], Awaitable[Transport | None]],
+        dial: Callable[[str, int, list[str]], Awaitable[Transport | None]],
         addresses: Sequence[str],
+        port: int,
         failures: list[str],
     ) -> None:
         self._dial = dial
         self._addresses = addresses
+        self._port = port
         self._failures = failures
         self._winner: tuple[Transport, str] | None = None
 
@@ -448,7 +453,7 @@ class _Race:
         return self._winner or (None, "")
 
     async def _run_one(self, address: str, failed: trio.Event, race: trio.CancelScope) -> None:
-        transport = await self._dial(address, self._failures)
+        transport = await self._dial(address, self._port, self._failures)
         if transport is None:
             failed.set()
         elif self._winner is None:

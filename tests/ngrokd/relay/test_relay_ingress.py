@@ -567,6 +567,20 @@ async def test_two_that_answer_at_once_leave_one_connection(lab: Lab, autojump_c
     stream.abort()
 
 
+async def test_an_address_that_changes_during_a_dial_changes_the_next_one(lab: Lab) -> None:
+    """Name, port and addresses belong together: the old ones are verified as what they were."""
+
+    async def moves(address: str) -> None:
+        if address == "203.0.113.7":
+            lab.ingress.set_addresses("other.example", 443, ["203.0.113.8"])
+
+    lab.dial_hook = moves
+
+    (await lab.open()).abort()
+    with pytest.raises(IngressUntrusted, match=r"other\.example:443 is not trusted"):
+        await lab.open()
+
+
 async def test_when_all_fail_each_reason_is_told(lab: Lab) -> None:
     async def fails(address: str) -> None:
         raise OSError(113, f"No route to {address[-1]}")
