@@ -56,7 +56,7 @@ from ngrokd.names import hosts, reconcile
 from ngrokd.names.addresses import AddressPool
 from ngrokd.names.directory import Directory
 from ngrokd.names.hosts import HostsRefused
-from ngrokd.names.reconcile import Desired, Plan
+from ngrokd.names.reconcile import Desired, LastKnown, Plan
 
 log = logging.getLogger("ngrokd.discovery")
 
@@ -74,6 +74,8 @@ RETRY_S: Final = 30.0
 # How often the hosts file is looked at between two polls.
 HOSTS_LOOK_S: Final = 2.0
 HOSTS_TRIES: Final = 3
+# Of endpoints that are newly skipped in one poll, so many get a line each: 65,000 would be a second of logging.
+SKIPPED_LOGGED: Final = 50
 
 
 class RunSync(Protocol):
@@ -226,7 +228,7 @@ class Discovery:
         files.remove_stale(directory, STATE_FILES)
         if self.settings.hosts.enabled:
             remove_stale_hosts(self.settings.hosts.path)
-        self._pool = AddressPool.load(self.settings.net.subnet, self._read(MAPPINGS), self._read(ADDRESSES))
+        self._pool = await self._run_sync(self._load_pool)
         for problem in self._pool.problems:
             log.warning("%s", problem)
         stored = self._store.load()
@@ -235,7 +237,7 @@ class Discovery:
         except NgrokdError as error:
             log.warning("%s", error)
             self._adopt(replace(stored, credentials=None, notes=()))
-        last = reconcile.load_endpoints(self._read(ENDPOINTS))
+        last: LastKnown = await self._run_sync(self._load_endpoints)
         if last.problem:
             log.warning("%s", last.problem)
         self.known.ingress_endpoint = last.ingress_endpoint
@@ -245,6 +247,12 @@ class Discovery:
             self.known.from_last_known = True
             log.info("serving the %d endpoints last known in %s until the API answers", len(last.listing), directory)
             await self._apply(await self._run_sync(self._plan, list(last.listing), True))
+
+    def _load_pool(self) -> AddressPool:
+        return AddressPool.load(self.settings.net.subnet, self._read(MAPPINGS), self._read(ADDRESSES))
+
+    def _load_endpoints(self) -> LastKnown:
+        return reconcile.load_endpoints(self._read(ENDPOINTS))
 
     def _read(self, name: str) -> bytes | None:
         path = os.path.join(self.settings.state.directory, name)
@@ -421,7 +429,7 @@ class Discovery:
     async def _take(self, listing: list[object]) -> float:
         known = self.known
         interval = self.settings.api.poll_interval_s
-        if listing != self._listing or self._confirming or not await self._run_sync(self._undisturbed):
+        if self._confirming or not await self._run_sync(self._undisturbed, listing):
             plan = await self._run_sync(self._plan, listing, self._confirming)
             if plan.confirm:
                 log.warning("the API lists no endpoints any more; asking again before they go")
@@ -434,9 +442,11 @@ class Discovery:
         known.from_last_known = False
         return min(interval, RETRY_S) if known.state_problem else interval
 
-    def _undisturbed(self) -> bool:
-        """Whether the same listing would lead to the same state: nobody touched the hosts file, nothing is owed."""
+    def _undisturbed(self, listing: list[object]) -> bool:
+        """Whether all is as it was: the listing is the last one, nobody touched the hosts file, nothing is owed."""
         known = self.known
+        if self._listing is None or not _same(listing, self._listing):
+            return False
         if known.hosts_problem or self._unsaved or not self._endpoints_saved or known.desired.without_address:
             return False
         hosts_file = self.settings.hosts
@@ -476,16 +486,21 @@ class Discovery:
         known, before, after = self.known, self.known.desired, plan.desired
         if plan:
             log.info("endpoints: %s", plan.summary())
-        for skipped in set(after.skipped).difference(before.skipped):
+        for skipped in plan.skipped[:SKIPPED_LOGGED]:
             log.warning("not served: %s %s: %s", skipped.id, skipped.url, skipped.reason)
+        if len(plan.skipped) > SKIPPED_LOGGED:
+            log.warning("not served: %d more; status lists them all", len(plan.skipped) - SKIPPED_LOGGED)
         if after.without_address and after.without_address != before.without_address:
             log.error("%s", self._pool.shortage())
         await self._run_sync(self._save_addresses)
+        published = before.directory
         if plan.added or plan.changed:
-            self._publish(await self._run_sync(_union, before, after))
+            published = await self._run_sync(plan.transition)
+            self._publish(published)
         known.desired = after.with_flags(known.desired.flags)  # some may have been found since the plan was made
         await self._name()
-        self._publish(after.directory)
+        if published is not after.directory:
+            self._publish(after.directory)
         if plan or known.from_last_known or not self._endpoints_saved:
             await self._run_sync(self._save_endpoints)
 
@@ -579,7 +594,11 @@ def _host(address: str) -> str:
     return address.rpartition(":")[0].strip("[]") if ":" in address else address
 
 
-def _union(before: Desired, after: Desired) -> Directory:
-    """Everything that either serves; where both serve, what will be."""
-    entries = {(s.address, s.endpoint.port): s.endpoint for s in (*before.services, *after.services)}
-    return Directory((address, endpoint) for (address, _), endpoint in entries.items())
+def _same(one: list[object], other: list[object]) -> bool:
+    # In slices, because a comparison of 65,000 objects in one go holds the interpreter for as long as it takes.
+    return len(one) == len(other) and all(
+        one[start : start + _SLICE] == other[start : start + _SLICE] for start in range(0, len(one), _SLICE)
+    )
+
+
+_SLICE: Final = 1000

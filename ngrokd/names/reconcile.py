@@ -108,6 +108,8 @@ class Desired:
 
     def with_flags(self, flags: Mapping[str, Collection[str]]) -> Desired:
         """The same state with these flags instead, for names that are served."""
+        if not flags and not self.flags:
+            return self
         names = self.names()
         kept = {host: tuple(sorted(words)) for host, words in sorted(flags.items()) if host in names and words}
         return replace(self, flags=MappingProxyType(kept))
