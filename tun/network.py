@@ -272,6 +272,7 @@ class FlowStream(trio.abc.HalfCloseableStream):
         self._from_app: trio.Event | None = None
         self._to_app: trio.Event | None = None
         self._delivered: trio.Event | None = None
+        self._broken_callback: Callable[[], object] | None = None
 
     def __repr__(self) -> str:
         return f"<FlowStream {self.source[0]}:{self.source[1]} -> {self.destination[0]}:{self.destination[1]}>"
@@ -309,6 +310,9 @@ class FlowStream(trio.abc.HalfCloseableStream):
         if flow.failure:
             self._sink = None
             self._wake_all()
+            callback, self._broken_callback = self._broken_callback, None
+            if callback is not None:
+                callback()
             return
         if self._sink is None:
             if self._from_app is not None and (flow.readable_bytes or flow.app_finished):
@@ -384,6 +388,17 @@ class FlowStream(trio.abc.HalfCloseableStream):
         self._check()
 
     # The direct way: bytes from the app go into a sink, bytes to the app are written without waiting
+
+    def on_broken(self, callback: Callable[[], object] | None) -> None:
+        """Have `callback` called once when the app resets the flow or vanishes; at once if it already has.
+
+        For the times when no task waits on the flow: an app that resets while the other side is stalled would
+        otherwise be noticed only when that side moves. Called inside the batch: it must neither wait nor raise.
+        """
+        self._broken_callback = callback
+        if callback is not None and self._flow.failure:
+            self._broken_callback = None
+            callback()
 
     def attach(self, sink: Sink | None) -> None:
         """Have what the app sends handed to `sink`, inside the batch in which it arrives.

@@ -43,6 +43,10 @@ class Flow(Protocol):
         """Why the flow is broken, or ""."""
         ...
 
+    def on_broken(self, callback: Callable[[], object] | None) -> None:
+        """Have `callback` called once when the flow breaks, whoever waits for it or does not."""
+        ...
+
     def attach(self, sink: Callable[[Sequence[memoryview]], int] | None) -> None:
         """Have what the app sends handed to `sink`, which takes a prefix and neither waits nor raises."""
         ...
@@ -117,11 +121,14 @@ class _Splice:
             # nursery ends both for it.
             async with trio.open_nursery() as nursery:
                 stream.on_blocked = lambda: nursery.start_soon(self._guard, self._drain, nursery.cancel_scope)
+                # Both directions may be waiting for the ingress when the app resets; then nobody would hear of it.
+                flow.on_broken(lambda: self._app_broke(nursery.cancel_scope))
                 flow.attach(stream.send_nowait)
                 nursery.start_soon(self._guard, self._app_to_ingress, nursery.cancel_scope)
                 await self._guard(self._ingress_to_app, nursery.cancel_scope)
         finally:
             stream.on_blocked = None
+            flow.on_broken(None)
         if self._failure is not None:
             raise self._failure
         if self._upload_failure is not None:
@@ -136,6 +143,11 @@ class _Splice:
             if self._failure is None:
                 self._failure = error
             scope.cancel()
+
+    def _app_broke(self, scope: trio.CancelScope) -> None:
+        if self._failure is None:
+            self._failure = trio.BrokenResourceError(f"the flow is over: {self._flow.failure}")
+        scope.cancel()
 
     async def _app_to_ingress(self) -> None:
         flow, stream = self._flow, self._stream

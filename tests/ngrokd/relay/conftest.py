@@ -167,6 +167,7 @@ class FakeFlow:
         self._changed = trio.Event()
         self.app_received = bytearray()
         self.eof_order: list[str] = []
+        self._on_broken: Callable[[], object] | None = None
 
     def _notify(self) -> None:
         self._changed.set()
@@ -178,6 +179,15 @@ class FakeFlow:
         assert self.ending == "", "used after its end"
 
     # the relay's side
+
+    def on_broken(self, callback: Callable[[], object] | None) -> None:
+        self._on_broken = callback
+        self._tell_broken()
+
+    def _tell_broken(self) -> None:
+        if self.failure and self._on_broken is not None:
+            callback, self._on_broken = self._on_broken, None
+            callback()
 
     def attach(self, sink: Callable[[Sequence[memoryview]], int] | None) -> None:
         self._sink = sink
@@ -277,6 +287,7 @@ class FakeFlow:
     def app_reset(self) -> None:
         self.failure = "reset"
         self._notify()
+        self._tell_broken()
 
     def app_read_nowait(self) -> bytes:
         """Acknowledge and read all that waits."""

@@ -412,3 +412,44 @@ async def test_whatever_happens_when_both_ends_are_let_go(make_world: MakeWorld,
     assert world.flow.ending or world.flow.failure
     assert not world.our_end_is_open
     assert world.stream.on_blocked is None
+
+
+@versions
+async def test_an_app_that_resets_after_its_end_is_noticed_while_the_ingress_is_silent(
+    make_world: MakeWorld, version: ssl.TLSVersion, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Both directions wait for the ingress then; without being told, the connection to it would stay for ever."""
+    world = await make_world(version)
+
+    async def app() -> None:
+        await world.flow.app_send(b"question")
+        await world.flow.app_send_eof()
+        await trio.sleep(10)
+        world.flow.app_reset()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(app)
+        with trio.fail_after(11), pytest.raises(trio.BrokenResourceError):
+            await splice(world.flow, world.stream)
+
+
+@versions
+async def test_an_app_that_resets_while_its_upload_is_stalled_is_noticed(
+    make_world: MakeWorld, version: ssl.TLSVersion, autojump_clock: trio.testing.MockClock
+) -> None:
+    """The ingress takes nothing and says nothing; the app's reset still frees the connection to it."""
+    world = await make_world(version, capacity=3000)
+
+    async def app() -> None:
+        with contextlib.suppress(ConnectionResetError):
+            await world.flow.app_send(bytes(2_000_000))
+
+    async def reset() -> None:
+        await trio.sleep(10)
+        world.flow.app_reset()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(app)
+        nursery.start_soon(reset)
+        with trio.fail_after(11), pytest.raises(trio.BrokenResourceError):
+            await splice(world.flow, world.stream)
