@@ -72,6 +72,9 @@ DEFAULT_MSS: Final = 536  # RFC 9293 MUST-15, for a SYN without the option
 FIRST_RTO_S: Final = 1.0
 MIN_RTO_S: Final = 0.25
 MAX_RTO_S: Final = 60.0
+# RFC 6298 5.5 keeps the doubled timeout until something is measured again, which may take many lost segments. Where a
+# round trip is microseconds that is too careful: after progress this much of it stays (four times the timeout).
+KEPT_BACKOFF: Final = 2
 # SYN-ACK at 0, 1, 3, 7, 15 s; freed at 31 s (Linux tcp_synack_retries is 5, we count the first as well).
 SYN_ACK_SENDS: Final = 5
 # Data without progress for so long ends the connection (RFC 9293 3.8.3: R2 of at least 100 s).
@@ -846,8 +849,7 @@ class Flow:
         """
         if fresh or self._rto_at == INFINITE:
             self._progress_at = now
-            self._backoff = 0
-            self._set_rto_at(now + self._rto)
+            self._set_rto_at(now + (self._timeout() if self._backoff else self._rto))
         self._force_small = False
         self._probe_owed = False
         if self._timed_position < 0:
@@ -1204,11 +1206,6 @@ class Flow:
                 self._snd_wnd_max = window
         news = self._sack_on and segment.sack_count > 0 and self._note_sacks(segment)
         if ack > self.snd_una:
-            if self.ts_on and segment.has_timestamp and self._timed_position < 0 and segment.ts_echo:
-                # What was resent can be measured after all: the echo tells which sending was answered.
-                elapsed = (self._timestamp(now) - segment.ts_echo) & MASK
-                if elapsed < 60000:
-                    self._measure(elapsed / 1000.0)
             self._advance(ack, ack - self.snd_una, now)
         elif self.snd_una < self.snd_nxt and length == 0 and not segment.flags & FIN and (same_window or news):
             # RFC 5681 2: a duplicate is an ACK that says nothing new about number or window. Keepalives and probes
@@ -1229,9 +1226,13 @@ class Flow:
         self.bytes_to_app += acked
         self._progress_at = now
         if 0 <= self._timed_position <= ack:
+            # One segment per round trip is timed, and nothing that was resent (Karn). Timestamps could measure that
+            # too, but when the ACK of an ACK gets lost their echo is as old as the timeout, which then feeds on itself.
             self._measure(now - self._timed_at)
             self._timed_position = -1
-        self._backoff = 0
+            self._backoff = 0
+        elif self._backoff > KEPT_BACKOFF:
+            self._backoff = KEPT_BACKOFF
         if self._recovery:
             self._recover(ack, acked)
         else:
@@ -1243,7 +1244,7 @@ class Flow:
         if ack == self.snd_nxt:
             self._rto_at = INFINITE
         else:
-            self._set_rto_at(now + self._rto)
+            self._set_rto_at(now + (self._timeout() if self._backoff else self._rto))
         if self._fin_sent and ack > send.end:
             self.bytes_to_app -= 1
             self._on_ack_of_fin(now)

@@ -458,10 +458,15 @@ class AppPeer:
 
 
 class AppStream(trio.abc.HalfCloseableStream):
-    """A connection of a test's app, as a Trio stream. A reset or a timeout is BrokenResourceError, naming which."""
+    """A connection of a test's app, as a Trio stream. A reset or a timeout is BrokenResourceError, naming which.
+
+    Attributes:
+        peer: the connection itself; `key`: addresses and ports, as `Stack.flows` has them.
+    """
 
     def __init__(self, host: AppHost, peer: AppPeer) -> None:
         self.peer = peer
+        self.key = _key(peer)
         self._host = host
         self.changed = trio.Event()
 
@@ -568,7 +573,7 @@ class AppHost:
             **keywords,  # type: ignore[arg-type]  # the caller's are AppPeer's
         )
         stream = AppStream(self, peer)
-        key = _key(peer)
+        key = stream.key
         self.streams[key] = stream
         try:
             peer.connect(self.now())
