@@ -1,4 +1,4 @@
-"""What every device keeps to, whatever is behind it: memory, injected faults, or Linux with and without offload.
+"""What every device keeps to, whatever is behind it: memory, faults, a recorder, Linux with and without offload.
 
 `Far` is the world beyond the device: the other end of the cable, or the kernel's side of the link seen by a packet
 socket.
@@ -6,6 +6,7 @@ socket.
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from tests.tun.packets import (
 from tun.device.base import Device
 from tun.device.linux import open_tun
 from tun.errors import DeviceError
+from tun.pcap import Capture, RecordingDevice
 from tun.testing.memory import FaultyDevice, MemoryDevice, memory_pair
 
 ETH_P_ALL, ETH_P_IP = 3, 0x0800
@@ -117,8 +119,10 @@ def _complete(packet: bytes) -> bytes:
         "memory-plain",
         "memory-split",
         "faulty",
+        "recording",
         pytest.param("linux", marks=pytest.mark.netns),
         pytest.param("linux-plain", marks=pytest.mark.netns),
+        pytest.param("linux-recording", marks=pytest.mark.netns),
     ]
 )
 def far(request: pytest.FixtureRequest) -> Iterator[Far]:
@@ -126,11 +130,14 @@ def far(request: pytest.FixtureRequest) -> Iterator[Far]:
     with ExitStack() as stack:
         if kind.startswith("linux"):
             require_namespaces()
-            far = _linux(stack.enter_context(open_namespace()), kind == "linux", stack)
+            far = _linux(stack.enter_context(open_namespace()), kind != "linux-plain", stack)
         else:
             ours, far_end = memory_pair(offload=kind != "memory-plain", split=kind == "memory-split")
             far = _memory(FaultyDevice(ours, Random(1)) if kind == "faulty" else ours, ours, far_end)
         stack.callback(far.device.close)
+        if kind.endswith("recording"):
+            nowhere = stack.enter_context(open(os.devnull, "wb"))
+            far.device = RecordingDevice(far.device, Capture(nowhere.fileno()))
         yield far
 
 
