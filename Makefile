@@ -3,11 +3,12 @@
 # Both make the virtual environment they need. `make help` lists the rest.
 
 PYTHON ?= python3
-COMPILE := uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-index-url
-SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 PREFIX ?= /opt/ngrokd
 BINDIR ?= /usr/local/bin
+# Nothing for root; without sudo, what needs rights says which.
+SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 PIP_FLAGS := --quiet --disable-pip-version-check
+COMPILE := uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-index-url
 OLD_PYTHON := import sys; sys.exit("ngrokd needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)
 
 .PHONY: help demo test check unit netns bench lock install uninstall clean
@@ -16,12 +17,17 @@ help:
 	@grep -E '^# make|^## ' $(MAKEFILE_LIST) | sed -E 's/^#+ //'
 
 # The lock files pin every package by hash; the project itself is installed without build isolation so that
-# nothing unpinned is fetched. A stamp says for which lock an environment was made.
-.venv/stamp: requirements/dev.lock pyproject.toml
+# nothing unpinned is fetched. `wheels` is what an installation needs, for the test of `make install`, which has no
+# network. Compiled here, no root-owned file gets into the tree when root runs it later. A stamp says for which lock an
+# environment was made.
+.venv/stamp: requirements/dev.lock requirements/runtime.lock requirements/build.lock pyproject.toml
 	@$(PYTHON) -c '$(OLD_PYTHON)'
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install $(PIP_FLAGS) --require-hashes -r requirements/dev.lock
+	@rm -rf .venv/wheels
+	.venv/bin/python -m pip download $(PIP_FLAGS) --require-hashes -d .venv/wheels -r requirements/runtime.lock -r requirements/build.lock
 	.venv/bin/python -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation -e .
+	@.venv/bin/python -m compileall -q tun ngrokd
 	@touch $@
 
 demo: .venv/stamp
@@ -37,13 +43,19 @@ check: .venv/stamp
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-cache
 
-## make unit         all tests (those marked netns need root and make their own network namespaces)
+# What needs no root runs without; 5 is pytest's "nothing to run here".
+## make unit         all tests (those marked netns make their own network namespaces, as root, with sudo)
 unit: .venv/stamp
-	$(SUDO) env CI="$$CI" .venv/bin/python -m pytest $(PYTEST_ARGS)
+ifeq ($(SUDO),)
+	.venv/bin/python -m pytest $(PYTEST_ARGS)
+else
+	.venv/bin/python -m pytest -m "not netns" $(PYTEST_ARGS) || [ $$? = 5 ]
+	$(SUDO) env CI="$$CI" .venv/bin/python -m pytest -p no:cacheprovider -m netns $(PYTEST_ARGS) || [ $$? = 5 ]
+endif
 
 ## make netns        only the tests on a real kernel
 netns: .venv/stamp
-	$(SUDO) env CI="$$CI" .venv/bin/python -m pytest -m netns $(PYTEST_ARGS)
+	$(SUDO) env CI="$$CI" .venv/bin/python -m pytest -p no:cacheprovider -m netns $(PYTEST_ARGS)
 
 ## make bench        throughput and latency of the whole path
 bench: .venv/stamp
@@ -55,29 +67,46 @@ lock:
 	$(COMPILE) pyproject.toml --group dev -o requirements/dev.lock
 	$(COMPILE) --group build -o requirements/build.lock
 
+# All that may fail for want of a network comes before anything that is installed is touched. The installation has no
+# pip of its own and belongs to root alone, whatever the umask and the owner of this tree.
 ## make install      (as root) a root-owned installation in /opt/ngrokd, with the commands in /usr/local/bin
 install:
 	@[ "$$(id -u)" = 0 ] || { echo "install writes to $(PREFIX) and $(BINDIR); run it as root: sudo make install" >&2; exit 77; }
 	@$(PYTHON) -c '$(OLD_PYTHON)'
+	@for name in ngrokd ngrokctl; do \
+	    if [ -e $(BINDIR)/$$name ] && [ "$$(readlink $(BINDIR)/$$name)" != $(PREFIX)/venv/bin/$$name ]; then \
+	        echo "$(BINDIR)/$$name is somebody else's, perhaps the Go ngrokd's; move it away first: mv $(BINDIR)/$$name $(BINDIR)/$$name-go" >&2; \
+	        exit 73; \
+	    fi; \
+	done
 	@echo "installing into $(PREFIX), commands in $(BINDIR)"
-	@rm -rf $(PREFIX)/venv $(PREFIX)/build
-	@umask 022 && mkdir -p $(PREFIX) $(BINDIR) && $(PYTHON) -m venv $(PREFIX)/build && $(PYTHON) -m venv $(PREFIX)/venv
-	@umask 022 && $(PREFIX)/build/bin/python -m pip install $(PIP_FLAGS) --require-hashes -r requirements/build.lock
-	@umask 022 && $(PREFIX)/build/bin/python -m pip wheel $(PIP_FLAGS) --no-deps --no-build-isolation -w $(PREFIX)/build/wheel .
-	@umask 022 && $(PREFIX)/venv/bin/python -m pip install $(PIP_FLAGS) --require-hashes -r requirements/runtime.lock
-	@umask 022 && $(PREFIX)/venv/bin/python -m pip install $(PIP_FLAGS) --no-deps --no-index $(PREFIX)/build/wheel/*.whl
-	@rm -rf $(PREFIX)/build
-	@ln -sfn $(PREFIX)/venv/bin/ngrokd $(BINDIR)/ngrokd
-	@ln -sfn $(PREFIX)/venv/bin/ngrokctl $(BINDIR)/ngrokctl
+	@set -e; umask 022; mkdir -p $(PREFIX) $(BINDIR); chown 0:0 $(PREFIX); chmod 755 $(PREFIX); rm -rf $(PREFIX)/build; \
+	    $(PYTHON) -m venv $(PREFIX)/build; build="$(PREFIX)/build/bin/python -m pip"; \
+	    $$build install $(PIP_FLAGS) --require-hashes -r requirements/build.lock; \
+	    $$build wheel $(PIP_FLAGS) --require-hashes -w $(PREFIX)/build/wheels -r requirements/runtime.lock; \
+	    $$build wheel $(PIP_FLAGS) --no-deps --no-build-isolation -w $(PREFIX)/build/wheels .; \
+	    rm -rf $(PREFIX)/venv; \
+	    $(PYTHON) -m venv --without-pip $(PREFIX)/venv; \
+	    $$build --python $(PREFIX)/venv/bin/python install $(PIP_FLAGS) --no-deps --no-index $(PREFIX)/build/wheels/*.whl; \
+	    cp conf/ngrokd.toml $(PREFIX)/ngrokd.toml; \
+	    rm -rf $(PREFIX)/build; \
+	    for name in ngrokd ngrokctl; do ln -sfn $(PREFIX)/venv/bin/$$name $(BINDIR)/$$name; done
 	@$(BINDIR)/ngrokd version
 	@echo "next: sudo ngrokd run      (and in another terminal: sudo ngrokd set-api-key)"
 
+# A daemon that lost its files could not undo what it did to the machine.
 ## make uninstall    (as root) removes what install made; the state in /etc/ngrokd stays
 uninstall:
 	@[ "$$(id -u)" = 0 ] || { echo "uninstall removes $(PREFIX) and commands of $(BINDIR); run it as root: sudo make uninstall" >&2; exit 77; }
-	rm -f $(BINDIR)/ngrokd $(BINDIR)/ngrokctl
-	rm -rf $(PREFIX)
-	@echo "the state directory /etc/ngrokd (operator, key, certificate, addresses) was kept"
+	@if pids=$$(pgrep --ns $$$$ --nslist mnt -f '^$(PREFIX)/venv/bin/python'); then \
+	    echo "stop ngrokd first; it runs as process" $$pids >&2; exit 75; \
+	fi
+	@for name in ngrokd ngrokctl; do \
+	    [ "$$(readlink $(BINDIR)/$$name)" != $(PREFIX)/venv/bin/$$name ] || rm -f $(BINDIR)/$$name; \
+	done
+	@rm -rf $(PREFIX)/venv $(PREFIX)/build $(PREFIX)/ngrokd.toml
+	@rmdir $(PREFIX) 2>/dev/null || true
+	@echo "removed $(PREFIX) and its commands; the state directory /etc/ngrokd (operator, key, certificate, addresses) was kept"
 
 clean:
 	rm -rf .venv dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
