@@ -46,6 +46,7 @@ ANSWER_BYTES: Final = 1024 * 1024  # of anything that is not a listing
 ENVELOPE_BYTES: Final = 64 * 1024  # of an error; a longer one is not looked into
 PAGES: Final = 10_000
 ENDPOINTS: Final = 262_144  # what is beyond the size of the subnet is sorted out later, with reasons; this is absurd
+SLICE: Final = 1000  # endpoints read between two moments in which others run: a millisecond
 STRUCTURE: Final = 3_000_000  # commas and opening brackets in a listing; 65,533 endpoints of 30 fields have two million
 
 _DESCRIPTION: Final = "ngrokd daemon"
@@ -243,7 +244,9 @@ class NgrokApi:
                     break
                 if len(endpoints) + len(page.endpoints) > ENDPOINTS:
                     raise ApiError(f"{what}: more than {ENDPOINTS} endpoints")
-                endpoints.extend(map(_fields_of, page.endpoints))
+                for start in range(0, len(page.endpoints), SLICE):
+                    endpoints.extend(map(_fields_of, page.endpoints[start : start + SLICE]))
+                    await trio.lowlevel.checkpoint()
                 target = self._origin.next_target(target, page.next_page_uri, what)
                 if target in seen:
                     raise ApiError(f"{what}: the pages run in a circle")

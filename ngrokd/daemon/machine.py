@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
@@ -95,6 +96,9 @@ class LinuxMachine:
             for shadow in linux.check_free(plan).shadows:
                 log.warning("%s is wider than ours and loses %s to this daemon", shadow, net.subnet)
             linux.apply(plan, {DEVICE: Action(self._open, self._close)})
+            # All that has been imported by now stays to the end: collections, which hold up every packet for as long as
+            # they take, need not walk over it.
+            gc.freeze()
         except BaseException:
             self._claim.close()
             raise
