@@ -85,7 +85,7 @@ def measure(step: Callable[[float], int]) -> tuple[int, int, float]:
 def copy() -> tuple[int, int, float]:
     """What `up` costs before the core sees anything: for comparison."""
     packet = bytearray(LARGE + 52)
-    return measure(lambda now: len(bytes(packet)) - 52)
+    return measure(lambda _now: len(bytes(packet)) - 52)
 
 
 def up(size: int, batch: int) -> tuple[int, int, float]:
