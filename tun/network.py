@@ -156,7 +156,7 @@ class Network:
             self._lose(error)
 
     def _lose(self, error: DeviceError) -> None:
-        """A write found the device gone. The pump must learn it, not the task that happened to write."""
+        """The device was found gone. The pump must learn it, not the task that happened to write."""
         self._gone = error
         if self._scope is not None:
             self._scope.cancel()
@@ -179,7 +179,11 @@ class Network:
     async def _write_again(self) -> None:
         while True:
             while self._blocked:  # after a lost device all flows that owe something are here
-                await self.device.wait_writable()
+                try:
+                    await self.device.wait_writable()
+                except DeviceError as error:
+                    self._lose(error)
+                    return
                 blocked, self._blocked = self._blocked, {}
                 for flow in blocked:
                     self.flush(flow)
@@ -332,6 +336,8 @@ class FlowStream(trio.abc.HalfCloseableStream):
         if waiting:
             assert self._sink is not None
             taken = self._sink(flow.readable_views())
+            if flow.failure:  # the sink itself has aborted the flow
+                return
             if taken:
                 flow.consume(taken, self._network._now())
             if taken < waiting:
@@ -458,13 +464,22 @@ class FlowStream(trio.abc.HalfCloseableStream):
     async def wait_delivered(self) -> None:
         """Wait until the app's kernel has acknowledged everything, our FIN included, or the flow has ended.
 
-        Returns also when the flow broke: look at `failure`. Cancellation changes nothing.
+        Returns also when the flow broke: look at `failure`. Cancellation changes nothing. Raises
+        `trio.ClosedResourceError` when the flow is closed here before that: nobody follows it any more.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
+        if self._delivered is not None:
+            raise trio.BusyResourceError("another task already waits for delivery to this app")
         flow = self._flow
         while not (flow.failure or flow.closed or flow.all_acknowledged):
+            if self._closed:
+                raise trio.ClosedResourceError("this flow was closed here")
             event = self._delivered = trio.Event()
-            await event.wait()
+            try:
+                await event.wait()
+            finally:
+                if self._delivered is event:
+                    self._delivered = None
 
     def abort(self) -> None:
         """Reset the connection: the app sees ECONNRESET. What was not delivered is lost, visibly."""
