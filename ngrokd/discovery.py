@@ -25,6 +25,8 @@ as the last is not looked at again.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import os
@@ -35,6 +37,7 @@ from datetime import UTC, datetime
 from ipaddress import IPv4Network
 from typing import Any, Final, Protocol
 
+import msgspec
 import trio
 
 from ngrokd import files
@@ -176,7 +179,7 @@ class Discovery:
         self._rng = rng or random.Random()
         self._identity = StoredIdentity()
         self._pool: AddressPool
-        self._listing: list[object] | None = None
+        self._listing = b""  # the mark of the last one that was applied
         self._saved_generation = -1
         self._endpoints_saved = False
         self._unsaved: dict[str, str] = {}  # file -> why
@@ -243,7 +246,6 @@ class Discovery:
         self.known.ingress_endpoint = last.ingress_endpoint
         if last.listing:
             self.ingress_settled.set()
-            self._listing = None
             self.known.from_last_known = True
             log.info("serving the %d endpoints last known in %s until the API answers", len(last.listing), directory)
             await self._apply(await self._run_sync(self._plan, list(last.listing), True))
@@ -303,7 +305,7 @@ class Discovery:
                 if self._hosts_need_us():
                     look_s *= 2
                     await self._name()
-                    self._listing = None  # what others wrote may change what may be served; the next poll judges
+                    self._listing = b""  # what others wrote may change what may be served; the next poll judges
 
     async def _round(self) -> float:
         """One poll. Returns how long to wait before the next, in seconds."""
@@ -429,7 +431,8 @@ class Discovery:
     async def _take(self, listing: list[object]) -> float:
         known = self.known
         interval = self.settings.api.poll_interval_s
-        if self._confirming or not await self._run_sync(self._undisturbed, listing):
+        mark = await self._run_sync(mark_of, listing)
+        if not mark or mark != self._listing or self._confirming or not await self._run_sync(self._undisturbed):
             plan = await self._run_sync(self._plan, listing, self._confirming)
             if plan.confirm:
                 log.warning("the API lists no endpoints any more; asking again before they go")
@@ -437,16 +440,14 @@ class Discovery:
                 return min(CONFIRM_S, interval)
             self._confirming = False
             await self._apply(plan)
-            self._listing = listing
+            self._listing = mark
         known.polled_at = self._wall()
         known.from_last_known = False
         return min(interval, RETRY_S) if known.state_problem else interval
 
-    def _undisturbed(self, listing: list[object]) -> bool:
-        """Whether all is as it was: the listing is the last one, nobody touched the hosts file, nothing is owed."""
+    def _undisturbed(self) -> bool:
+        """Whether the same listing would lead to the same state: nobody touched the hosts file, nothing is owed."""
         known = self.known
-        if self._listing is None or not _same(listing, self._listing):
-            return False
         if known.hosts_problem or self._unsaved or not self._endpoints_saved or known.desired.without_address:
             return False
         hosts_file = self.settings.hosts
@@ -594,11 +595,22 @@ def _host(address: str) -> str:
     return address.rpartition(":")[0].strip("[]") if ":" in address else address
 
 
-def _same(one: list[object], other: list[object]) -> bool:
-    # In slices, because a comparison of 65,000 objects in one go holds the interpreter for as long as it takes.
-    return len(one) == len(other) and all(
-        one[start : start + _SLICE] == other[start : start + _SLICE] for start in range(0, len(one), _SLICE)
-    )
+def mark_of(listing: Sequence[object]) -> bytes:
+    """Bytes that tell this listing from others. To remember 65,000 endpoints as they came would take 40 MB.
+
+    Returns: b"" for one that is nested so deeply that it cannot be told from others.
+    """
+    digest = hashlib.blake2b(digest_size=32)
+    try:
+        for start in range(0, len(listing), _SLICE):  # so that no call holds the interpreter for long
+            part = listing[start : start + _SLICE]
+            try:
+                digest.update(msgspec.json.encode(part))
+            except ValueError:  # half a surrogate pair somewhere; json knows a way to write it
+                digest.update(json.dumps(part).encode("ascii"))
+    except RecursionError:
+        return b""
+    return digest.digest()
 
 
 _SLICE: Final = 1000
