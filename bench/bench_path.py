@@ -1,343 +1,276 @@
 """The whole path, measured: app -> kernel -> TUN -> daemon -> mTLS -> ingress, and back.
 
-    sudo .venv/bin/python bench/bench_path.py [--seconds 3] [--rounds 3] [--cases up,down,...] [--json]
+    sudo .venv/bin/python bench/bench_path.py [--cases up,down,...] [--seconds 2] [--rounds 5] [--ways ngrokd,forwarder]
 
-Everything runs in network and mount namespaces of its own: a control plane (from the lab), an ingress with real TLS 1.3
-and client certificates, the real daemon as its own process, and a peer to compare with: a forwarder as they are usually
-written, with a kernel listener, one TLS dial per connection and two copying threads. Rounds alternate between the
-two, so that what disturbs the machine disturbs both; medians are printed, and the ratio (above 1: the daemon leads).
+Everything runs in private network namespaces (see stage.py). The real daemon and its peers run side by side as
+processes of their own, on the same ingress and under the same load programs, which are compiled (bench/go):
 
-Ingress and forwarder are blocking Python over OpenSSL, whose work is done in C with the GIL released: for bulk they
-cost what a C program costs. They are processes of their own, but share the machine's cores with the daemon.
+    forwarder   a small forwarder in Go: kernel listener, one TLS dial per connection, header, two copies
+    haproxy     TCP in, TLS with a client certificate out (without the binding header, on a port of its own)
+    direct      no proxy and no TLS: what the kernel itself can do
+
+Rounds alternate between the ways, so that what disturbs the machine disturbs all of them; a ratio is the median of
+the rounds' ratios, above 1 when the daemon is ahead. All programs share the machine's cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
-import platform
 import shutil
-import signal
-import socket
-import ssl
 import statistics
-import struct
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
-
-import trio
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ngrokd.lab.ca import Authority, load_identity  # noqa: E402
-from ngrokd.lab.control_plane import DEFAULT_KEY, ControlPlane  # noqa: E402
+from bench.stage import Stage, Variant, Way, enter_namespaces, haproxy_version, open_stage  # noqa: E402
+from bench.toolchain import build  # noqa: E402
 
-API_PORT = 18443
-INGRESS_PORT = 18444
-FORWARDER_PORT = 18445  # + one per service
-SERVICES = ("sink.bench", "source.bench", "echo.bench")
-CHUNK = 256 * 1024
+ROUND_TRIP_MS = 50.0
+SETTLE_S = 0.1
 
 
-# -- the other side ----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is measured.
+
+    Attributes:
+        family: the table and chart it belongs to.
+        title: what it is, in a table.
+        service: where it leads to.
+        load: the load program's kind and arguments.
+        figure: which of its numbers counts.
+        unit: that number's unit, after division by `scale`.
+        more: whether more is better.
+        far: with a round trip of 50 ms to the ingress.
+        seconds: of one measurement; 0 is what the command line says.
+        slices: how many short measurements, alternating, make one round.
+        rounds: at most.
+        direct: whether the kernel's own connection is measured as well.
+    """
+
+    family: str
+    title: str
+    service: str
+    load: tuple[str, ...]
+    figure: str
+    unit: str
+    scale: float = 1.0
+    more: bool = True
+    far: bool = False
+    seconds: float = 0.0
+    slices: int = 1
+    rounds: int = 99
+    direct: bool = True
 
 
-def serve_ingress(ca: Authority) -> NoReturn:
-    """A blocking TLS server: header in, two zero bytes out (success), then the service that the header names."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    load_identity(context, ca.issue(["ingress.bench", "127.0.0.1"]))
-    context.load_verify_locations(cadata=(ca.root_pem + ca.intermediate_pem).decode())
-    context.verify_mode = ssl.CERT_REQUIRED
-    listener = socket.create_server(("127.0.0.1", INGRESS_PORT), backlog=1024)
-    while True:
-        raw, _ = listener.accept()
-        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        threading.Thread(target=serve_ingress_connection, args=(context, raw), daemon=True).start()
+def opening(title: str, *load: str, rate: bool = False, far: bool = False, **more: Any) -> Case:
+    """A case of new connections, each of which gets one byte echoed."""
+    figure, unit, scale = ("rate", "/s", 1.0) if rate else ("p50_us", "ms", 1e3)
+    family = "far" if far else "new"
+    return Case(family, title, "echo", load, figure, unit, scale, more=rate, far=far, **more)
 
 
-def serve_ingress_connection(context: ssl.SSLContext, raw: socket.socket) -> None:
-    with contextlib.suppress(OSError), context.wrap_socket(raw, server_side=True) as tls:
-        body = read_exactly(tls, struct.unpack("<H", read_exactly(tls, 2))[0])
-        host = body[2 : 2 + body[1]].decode()  # field 1, one length byte: these names are short
-        tls.sendall(b"\0\0")
-        if host == "sink.bench":
-            buffer = bytearray(CHUNK)
-            while tls.recv_into(buffer):
-                pass
-        elif host == "source.bench":
-            block = bytes(CHUNK)
-            while True:
-                tls.sendall(block)
-        else:
-            while data := tls.recv(CHUNK):
-                tls.sendall(data)
-        tls.unwrap()  # close_notify: an end without it is a truncation
-
-
-def read_exactly(stream: socket.socket, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        more = stream.recv(count - len(data))
-        if not more:
-            raise ConnectionResetError("ended early")
-        data += more
-    return data
-
-
-def serve_api(ca: Authority) -> NoReturn:
-    plane = ControlPlane(
-        ca, wall=time.time, identity=ca.issue(["127.0.0.1"]), ingress_endpoint=f"127.0.0.1:{INGRESS_PORT}"
-    )
-    for name in SERVICES:
-        plane.add_endpoint(f"tcp://{name}:7000")
-
-    async def serve() -> None:
-        await trio.serve_tcp(plane.serve, API_PORT, host="127.0.0.1")
-
-    trio.run(serve)
-    raise SystemExit("the control plane ended")
-
-
-# -- the peer ----------------------------------------------------------------------------------------------------------
-
-
-def serve_forwarder(ca: Authority, directory: Path) -> NoReturn:
-    """Accept, one TLS dial with client certificate, header, two copies: what the daemon is compared with."""
-    context = ssl.create_default_context(cadata=(ca.root_pem + ca.intermediate_pem).decode())
-    client = ca.client("forwarder", not_before=time.time() - 60, not_after=time.time() + 86400)
-    (directory / "forwarder.pem").write_bytes(client.chain_pem + client.key_pem)
-    context.load_cert_chain(directory / "forwarder.pem")
-    for index, name in enumerate(SERVICES):
-        listener = socket.create_server(("127.0.0.1", FORWARDER_PORT + index), backlog=1024)
-        threading.Thread(target=accept_forever, args=(listener, context, name), daemon=True).start()
-    signal.pause()
-    raise SystemExit
-
-
-def accept_forever(listener: socket.socket, context: ssl.SSLContext, name: str) -> None:
-    while True:
-        app, _ = listener.accept()
-        threading.Thread(target=forward, args=(app, context, name), daemon=True).start()
-
-
-def forward(app: socket.socket, context: ssl.SSLContext, name: str) -> None:
-    with contextlib.suppress(OSError), app:
-        raw = socket.create_connection(("127.0.0.1", INGRESS_PORT))
-        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        app.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        with context.wrap_socket(raw, server_hostname="127.0.0.1") as tls:
-            body = b"\x0a" + bytes([len(name)]) + name.encode() + b"\x10\xd8\x36"
-            tls.sendall(struct.pack("<H", len(body)) + body)
-            read_exactly(tls, struct.unpack("<H", read_exactly(tls, 2))[0])
-            back = threading.Thread(target=copy, args=(tls, app), daemon=True)
-            back.start()
-            copy(app, tls)
-            with contextlib.suppress(OSError):
-                tls.unwrap()
-            back.join()
-
-
-def copy(source: socket.socket, target: socket.socket) -> None:
-    buffer = bytearray(CHUNK)
-    view = memoryview(buffer)
-    with contextlib.suppress(OSError):
-        while count := source.recv_into(buffer):
-            target.sendall(view[:count])
-
-
-# -- the load ----------------------------------------------------------------------------------------------------------
-
-
-def bulk_up(address: tuple[str, int], seconds: float) -> float:
-    """Gbit/s written by one app on one connection. What buffers hold at the end is small beside what was sent."""
-    block = bytes(CHUNK)
-    with socket.create_connection(address) as app:
-        end = time.perf_counter() + 0.3
-        while time.perf_counter() < end:
-            app.sendall(block)
-        sent, started = 0, time.perf_counter()
-        end = started + seconds
-        while time.perf_counter() < end:
-            app.sendall(block)
-            sent += CHUNK
-        return sent * 8 / (time.perf_counter() - started) / 1e9
-
-
-def bulk_down(address: tuple[str, int], seconds: float) -> float:
-    """Gbit/s read by one app on one connection."""
-    buffer = bytearray(CHUNK)
-    with socket.create_connection(address) as app:
-        end = time.perf_counter() + 0.3
-        while time.perf_counter() < end:
-            app.recv_into(buffer)
-        received, started = 0, time.perf_counter()
-        end = started + seconds
-        while time.perf_counter() < end:
-            received += app.recv_into(buffer)
-        return received * 8 / (time.perf_counter() - started) / 1e9
-
-
-def ping_pong(address: tuple[str, int], seconds: float) -> float:
-    """Microseconds from a 64-byte request to its answer on one open connection, median."""
-    with socket.create_connection(address) as app:
-        app.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        times = []
-        end = time.perf_counter() + seconds
-        while (started := time.perf_counter()) < end:
-            app.sendall(b"x" * 64)
-            read_exactly(app, 64)
-            times.append(time.perf_counter() - started)
-    return statistics.median(times) * 1e6
-
-
-def connect_and_byte(address: tuple[str, int], seconds: float) -> float:
-    """Milliseconds from connect() to the first byte echoed, back to back, median."""
-    times = []
-    end = time.perf_counter() + seconds
-    while (started := time.perf_counter()) < end:
-        with socket.create_connection(address) as app:
-            app.sendall(b"x")
-            read_exactly(app, 1)
-            times.append(time.perf_counter() - started)
-    return statistics.median(times) * 1e3
-
-
-# case: what, service, measure, unit, whether more is better
-CASES: dict[str, tuple[str, str, Callable[[tuple[str, int], float], float], str, bool]] = {
-    "up": ("bulk, app to ingress, one connection", "sink.bench", bulk_up, "Gbit/s", True),
-    "down": ("bulk, ingress to app, one connection", "source.bench", bulk_down, "Gbit/s", True),
-    "pingpong": ("request and answer, one connection", "echo.bench", ping_pong, "us", False),
-    "connect": ("new connection and first byte", "echo.bench", connect_and_byte, "ms", False),
+CASES: dict[str, Case] = {
+    "up": Case("bulk", "up, 1 connection", "sink", ("up",), "gbit_s", "Gbit/s"),
+    "down": Case("bulk", "down, 1 connection", "source", ("down",), "gbit_s", "Gbit/s"),
+    "up8": Case("bulk", "up, 8 connections", "sink", ("up", "-connections", "8"), "gbit_s", "Gbit/s"),
+    "down8": Case("bulk", "down, 8 connections", "source", ("down", "-connections", "8"), "gbit_s", "Gbit/s"),
+    "pingpong": Case("ask", "1 connection, latency", "echo", ("ask",), "p50_us", "us", more=False, slices=4),
+    "rate64": Case("ask", "64 connections, rate", "echo", ("ask", "-connections", "64"), "rate", "/s"),
+    "rate512": Case("ask", "512 connections, rate", "echo", ("ask", "-connections", "512"), "rate", "/s"),
+    "connect": opening("one after the other", "open"),
+    "paced": opening("40 per second", "paced", "-rate", "40"),
+    "burst": opening("32 at once", "open", "-connections", "32", rate=True),
+    "far-connect": opening("one after the other", "open", far=True),
+    "far-paced": opening("20 per second", "paced", "-rate", "20", far=True),
+    "far-burst": opening("32 at once", "open", "-connections", "32", rate=True, far=True),
+    "far-burst64": opening("64 at once", "open", "-connections", "64", rate=True, far=True),
 }
 
+# way -> case -> one result of the load program per round, with cpu_s added
+Results = dict[str, dict[str, list[dict[str, Any]]]]
 
-# -- the stage ---------------------------------------------------------------------------------------------------------
+
+def measure(stage: Stage, ways: list[Way], cases: list[str], seconds: float, rounds: int) -> Results:
+    """Run the cases, rounds outermost, so that a disturbance of a minute is one round of each."""
+    results: Results = {case: {way.name: [] for way in ways} for case in cases}
+    for index in range(rounds):
+        for name in cases:
+            case = CASES[name]
+            if index >= case.rounds:
+                continue
+            order = ways[index % len(ways) :] + ways[: index % len(ways)]
+            parts: dict[str, list[dict[str, Any]]] = {way.name: [] for way in order}
+            for _ in range(case.slices):
+                for way in order:
+                    if way.program is not None or case.direct:
+                        parts[way.name].append(run(stage, way, case, (case.seconds or seconds) / case.slices))
+            for way in order:
+                if parts[way.name]:
+                    results[name][way.name].append(merge(parts[way.name]))
+            progress(name, index, {way: values[-1][case.figure] for way, values in results[name].items() if values})
+    return results
 
 
-def enter_namespaces(directory: Path) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    clone_newns, clone_newnet, ms_rec_private, ms_bind = 0x20000, 0x40000000, 0x4000 | 0x40000, 0x1000
-    if libc.unshare(clone_newns | clone_newnet):
-        raise SystemExit(f"this needs root: {os.strerror(ctypes.get_errno())}")
-    libc.mount(b"none", b"/", None, ms_rec_private, None)
-    hosts = directory / "hosts"
-    hosts.write_text("127.0.0.1\tlocalhost\n")
-    if libc.mount(os.fsencode(hosts), b"/etc/hosts", None, ms_bind, None):
-        raise SystemExit(f"cannot bind a private hosts file: {os.strerror(ctypes.get_errno())}")
-    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+def run(stage: Stage, way: Way, case: Case, seconds: float) -> dict[str, Any]:
+    before = way.cpu_seconds()
+    result = stage.load(way.addresses[case.service], case.load[0], "-for", f"{seconds}s", *case.load[1:])
+    time.sleep(SETTLE_S)  # what ends connections is part of their cost
+    result["cpu_s"] = way.cpu_seconds() - before
+    return result
+
+
+def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """One result out of several short ones: counts add up, all else is the median."""
+    if len(parts) == 1:
+        return parts[0]
+    merged: dict[str, Any] = {}
+    for key in parts[0]:
+        values = [part[key] for part in parts if key in part]
+        if key in ("count", "total", "bytes", "failures", "cpu_s", "seconds"):
+            merged[key] = sum(values)
+        else:
+            merged[key] = values[0] if isinstance(values[0], str) else statistics.median(values)
+    return merged
+
+
+def progress(case: str, index: int, figures: dict[str, float]) -> None:
+    print(
+        f"  {case} {index + 1}: " + ", ".join(f"{way} {value:.4g}" for way, value in figures.items()), file=sys.stderr
+    )
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def median(values: list[dict[str, Any]], key: str) -> float:
+    return statistics.median([value.get(key, 0.0) for value in values]) if values else 0.0
+
+
+def ratio(case: Case, of: list[dict[str, Any]], to: list[dict[str, Any]]) -> float:
+    """How far `of` is ahead of `to`: the median of the rounds' ratios; 0 when nothing came through."""
+    pairs = [(a.get(case.figure, 0.0), b.get(case.figure, 0.0)) for a, b in zip(of, to, strict=True)]
+    ratios = [(a / b if case.more else b / a) for a, b in pairs if a and b]
+    return statistics.median(ratios) if ratios else 0.0
+
+
+def cost(values: list[dict[str, Any]]) -> str:
+    """CPU of the proxy for what it carried."""
+    spent = sum(value["cpu_s"] for value in values)
+    if carried := sum(value.get("bytes", 0) for value in values):
+        return f"{spent / carried * 1e9:.2f} s/GB"
+    count = sum(value.get("total", 0) for value in values)
+    return f"{spent / count * 1e3:.3f} s/1000" if count else "-"
+
+
+def table(results: Results) -> Iterator[str]:
+    """Lines for a terminal."""
+    yield f"{'case':<34}{'way':<12}{'median':>10} {'unit':<7}{'ratio':>6}  {'p99 ms':>8}{'connect':>9}{'failed':>7}  cpu"
+    for name, ways in results.items():
+        case = CASES[name]
+        label = ("50 ms away: " if case.far else "") + case.title
+        first = next(iter(ways.values()))
+        for way, values in ways.items():
+            if not values:
+                continue
+            figure = median(values, case.figure) / case.scale
+            share = "" if values is first else f"{ratio(case, first, values):.2f}"
+            p99 = f"{median(values, 'p99_us') / 1e3:.2f}" if median(values, "p99_us") else ""
+            connect = f"{median(values, 'connect_us') / 1e3:.2f}" if median(values, "connect_us") else ""
+            failed = sum(value["failures"] for value in values)
+            cpu = "" if way == "direct" else cost(values)
+            shown = f"{figure:>10.2f} {case.unit:<7}{share:>6}  {p99:>8}{connect:>9}{failed:>7}  {cpu}"
+            yield f"{label:<34}{way:<12}{shown}"
+            label = ""
+            for value in values:
+                if value["failures"]:
+                    yield f"{'':<34}  {value.get('failure', '')}"
+                    break
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def forked(serve: Callable[..., NoReturn], *args: object) -> Iterator[None]:
-    pid = os.fork()
-    if not pid:
-        try:
-            serve(*args)
-        finally:
-            os._exit(1)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+def open_ways(stage: Stage, names: list[str], variants: list[Variant]) -> Iterator[list[Way]]:
+    with contextlib.ExitStack() as stack:
+        ways = []
+        for name in names:
+            if name == "ngrokd":
+                ways += [stack.enter_context(stage.daemon(variant)) for variant in variants]
+            elif name == "forwarder":
+                ways.append(stack.enter_context(stage.forwarder()))
+            elif name == "haproxy" and haproxy_version():
+                ways.append(stack.enter_context(stage.haproxy()))
+            elif name == "direct":
+                ways.append(stage.direct())
+        yield ways
 
 
-@contextlib.contextmanager
-def daemon(directory: Path, ca: Authority) -> Iterator[str]:
-    (directory / "ca.pem").write_bytes(ca.root_pem)
-    config = directory / "config.toml"
-    config.write_text(
-        f'[api]\nurl = "https://127.0.0.1:{API_PORT}"\nca_file = "{directory}/ca.pem"\n'
-        f'[ingress]\nca_file = "{directory}/ca.pem"\n'
-        f'[state]\ndirectory = "{directory}/state"\n'
-        f'[control]\nsocket = "{directory}/control.sock"\n[http]\nlisten = ""\n'
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ngrokd", "run", "--config", str(config)],
-        stdout=subprocess.PIPE,
-        stderr=(directory / "daemon.log").open("wb"),
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"NGROK_API_KEY": DEFAULT_KEY},
-    )
-    try:
-        assert process.stdout is not None
-        ready = process.stdout.readline().strip()
-        if not ready.startswith("[ready]"):
-            raise SystemExit("the daemon did not become ready:\n" + (directory / "daemon.log").read_text())
-        yield ready
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(10)
-
-
-def wait_for(port: int) -> None:
-    end = time.monotonic() + 10
-    while time.monotonic() < end:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-            return
-        time.sleep(0.02)
-    raise SystemExit(f"nothing listens on port {port}")
-
-
-def measure(cases: list[str], seconds: float, rounds: int) -> dict[str, dict[str, float]]:
-    results: dict[str, dict[str, list[float]]] = {case: {"daemon": [], "forwarder": []} for case in cases}
-    for _ in range(rounds):
-        for case in cases:
-            _, service, run, _, _ = CASES[case]
-            ways = {
-                "daemon": (socket.gethostbyname(service), 7000),
-                "forwarder": ("127.0.0.1", FORWARDER_PORT + SERVICES.index(service)),
-            }
-            for way, address in ways.items():
-                results[case][way].append(run(address, seconds))
-    medians = {case: {way: statistics.median(values) for way, values in ways.items()} for case, ways in results.items()}
-    for case, values in medians.items():
-        more = CASES[case][4]
-        values["ratio"] = values["daemon"] / values["forwarder"] if more else values["forwarder"] / values["daemon"]
-    return medians
+def parse_variant(text: str) -> Variant:
+    """`NAME:python=PATH,net.workers=2`."""
+    name, _, rest = text.partition(":")
+    settings = dict(part.split("=", 1) for part in rest.split(",") if part)
+    python = settings.pop("python", sys.executable)
+    return Variant(name, python, settings)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=3.0, help="length of one measurement")
+    parser.add_argument("--cases", default=",".join(CASES), help="default: all")
+    parser.add_argument("--ways", default="ngrokd,forwarder,haproxy,direct")
+    parser.add_argument("--seconds", type=float, default=2.0, help="length of one measurement")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--cases", default=",".join(CASES))
-    parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")
+    parser.add_argument("--set", default="", help="settings of the daemon: section.key=VALUE,... (values as in TOML)")
+    parser.add_argument(
+        "--variant", action="append", default=[], help="one more daemon: NAME:section.key=VALUE,python=PATH,..."
+    )
+    parser.add_argument("--json", action="store_true", help="every round's numbers as one JSON document")
+    parser.add_argument("--keep", action="store_true", help="keep the directory with the logs")
     options = parser.parse_args()
+    cases = options.cases.split(",")
+    if unknown := [name for name in cases if name not in CASES]:
+        parser.error(f"no such case: {', '.join(unknown)}; there are {', '.join(CASES)}")
+    variants = [parse_variant(f"ngrokd:{options.set}"), *map(parse_variant, options.variant)]
 
     directory = Path(tempfile.mkdtemp(prefix="ngrokd-bench-"))
     try:
+        program = build(directory)
         enter_namespaces(directory)
-        ca = Authority("ngrokd bench")
-        with forked(serve_api, ca), forked(serve_ingress, ca), forked(serve_forwarder, ca, directory):
-            for port in (API_PORT, INGRESS_PORT, FORWARDER_PORT + len(SERVICES) - 1):
-                wait_for(port)
-            with daemon(directory, ca) as ready:
-                medians = measure(options.cases.split(","), options.seconds, options.rounds)
+        results: Results = {}
+        for far in (False, True):
+            wanted = [name for name in cases if CASES[name].far == far]
+            if not wanted:
+                continue
+            place = directory / ("far" if far else "near")
+            place.mkdir()
+            with (
+                open_stage(place, program, delay_ms=ROUND_TRIP_MS / 2 if far else 0.0) as stage,
+                open_ways(stage, options.ways.split(","), variants) as ways,
+            ):
+                results |= measure(stage, ways, wanted, options.seconds, options.rounds)
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
-
+        if options.keep:
+            print(directory, file=sys.stderr)
+        else:
+            shutil.rmtree(directory, ignore_errors=True)
     if options.json:
-        print(json.dumps({"schema": "ngrokd.bench/1", "data": medians}))
-        return
-    print(f"{ready}\n{platform.platform()}, {os.cpu_count()} cores, CPython {platform.python_version()}")
-    print(f"{options.rounds} alternating rounds of {options.seconds:g} s, medians; ratio > 1: the daemon is ahead\n")
-    print(f"{'case':<40}{'daemon':>12}{'forwarder':>12}{'ratio':>8}")
-    for case, values in medians.items():
-        what, _, _, unit, _ = CASES[case]
-        print(f"{what:<40}{values['daemon']:>12.2f}{values['forwarder']:>12.2f}{values['ratio']:>8.2f}  {unit}")
+        print(json.dumps({"schema": "ngrokd.bench/2", "data": results}))
+    else:
+        print(
+            f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {options.rounds} rounds; ratio > 1: ngrokd leads"
+        )
+        print("\n".join(table(results)))
 
 
 if __name__ == "__main__":

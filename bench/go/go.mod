@@ -1,0 +1,3 @@
+module ngrokd.example/bench
+
+go 1.25
