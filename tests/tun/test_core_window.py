@@ -327,6 +327,27 @@ def test_closed_window_is_probed_for_an_hour(play: Play) -> None:
     """)
 
 
+def test_patience_with_a_closed_window_is_not_kept_for_lost_data(play: Play) -> None:
+    """The gaps between probes had doubled; what is sent when the window opens has a timeout of its own."""
+    play(
+        """
+        us  | write 100
+        app < P. 1:101(100) ack 1
+        app > .  1:1(0) ack 101 win 0
+        us  | write 100
+        app < .  100:101(1) ack 1   +0.25s
+        app > .  1:1(0) ack 101 win 0
+        app < .  100:101(1) ack 1   +0.5s
+        app > .  1:1(0) ack 101 win 0
+        app < .  100:101(1) ack 1   +1.0s
+        app > P. 1:11(10) ack 101 win 512
+        app < P. 101:201(100) ack 11
+        app < P. 101:201(100) ack 11     +0.25s
+        """,
+        begin=OPEN,
+    )
+
+
 def test_silence_behind_a_closed_window_ends(play: Play) -> None:
     """Nobody answers the probes for 100 s: it is gone, and its memory is wanted."""
     book = play(

@@ -195,7 +195,9 @@ class Flow:
         readable_bytes: in-order bytes that wait for the owner.
         app_finished: the app's FIN has come and every byte before it was consumed.
         peer_closed: the app's FIN has come (bytes may still wait).
-        failure: "" or why the flow ended: "cancelled", "reset", "timeout", "aborted", "evicted", "unread".
+        failure: "" or why the flow ended: "cancelled" (the app gave up before the decision), "refused" (by the owner),
+            "reset" (by the app), "timeout", "aborted" (by the owner), "unread" (by us: data for an owner that had
+            released the flow), "evicted" (by us: its place or its memory was needed).
         closed: all is over, or TIME-WAIT: the owner may forget the flow (bytes may still wait to be read).
         bytes_from_app, bytes_to_app: taken from the app in order; acknowledged by the app.
         opened_at: when the SYN came.
@@ -847,6 +849,8 @@ class Flow:
         Args:
             fresh: nothing was on the way before, so a timer that runs is the persist timer.
         """
+        if fresh and self._rto_at != INFINITE:
+            self._backoff = 0  # what had grown was the patience with a closed window
         if fresh or self._rto_at == INFINITE:
             self._progress_at = now
             self._set_rto_at(now + (self._timeout() if self._backoff else self._rto))
