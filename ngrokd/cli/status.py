@@ -134,7 +134,7 @@ def _found_problems(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "no API key", "sudo ngrokd set-api-key"
     if api.get("problem"):
         yield str(api["problem"]), str(api.get("remedy") or "")
-    for part in ("certificate", "ingress", "hosts"):
+    for part in ("certificate", "ingress", "hosts", "state_directory", "network"):
         problem = _table(data.get(part)).get("problem")
         if problem:
             yield str(problem), str(_table(data.get(part)).get("remedy") or "")

@@ -75,6 +75,8 @@ MAX_CA_BYTES: Final = 4 << 20
 RESOLVE_EVERY_S: Final = 300.0
 RESOLVE_AGAIN_S: Final = 5.0
 RESOLVE_TIMEOUT_S: Final = 5.0
+# Of the descriptors that the process may have; each flow takes one.
+RESERVED_DESCRIPTORS: Final = 64
 # How long a start that has last known endpoints waits for the API before it says that it is ready (docs/adr/0010).
 READY_WAIT_S: Final = 1.0
 # The Go daemon's set-api-key came back when the registration was over; so does ours, but not for ever.
@@ -82,9 +84,20 @@ COMMAND_WAIT_S: Final = 20.0
 
 
 class Machine(Protocol):
-    """Everything outside the process, as far as the daemon needs it."""
+    """Everything outside the process, as far as the daemon needs it.
+
+    Attributes:
+        names: what this machine calls itself.
+        problem: what is wrong with link, address or routes now, "" when nothing is.
+    """
 
     names: tuple[str, ...]
+    problem: str
+
+    @property
+    def descriptors(self) -> int:
+        """How many files and sockets this process may have open."""
+        ...
 
     def wall(self) -> float:
         """The wall clock, Unix seconds."""
@@ -244,7 +257,7 @@ class Daemon:
                     offload=device.offload,
                     receive_buffer=limits.buffer_bytes,
                     send_buffer=limits.buffer_bytes,
-                    max_flows=limits.flows,
+                    max_flows=self._most_flows(),
                     half_open=limits.half_open,
                     undecided=limits.undecided,
                     buffers=limits.buffers_bytes,
@@ -285,6 +298,13 @@ class Daemon:
         )
         self.plane.tell(self._anchors(settings))
         self._tell_sources()
+
+    def _most_flows(self) -> int:
+        """As many as configured, but some descriptors are kept for API, control socket and files."""
+        wanted, possible = self.settings.limits.flows, max(1, self.machine.descriptors - RESERVED_DESCRIPTORS)
+        if possible < wanted:
+            log.info("the limit of open files, %d, allows %d connections", self.machine.descriptors, possible)
+        return min(wanted, possible)
 
     async def _serve(self, control: ControlSocket, web: HttpListener | None) -> None:
         async with trio.open_nursery() as nursery:
@@ -603,7 +623,7 @@ class Daemon:
         known = self.discovery.known
         full = "names have no address, because the subnet is full" if known.desired.without_address else ""
         api, files_here = [known.problem, known.renewal_problem], [known.hosts_problem, known.state_problem]
-        found = [*api, self._ingress_problem, *files_here, full, self._network_problem]
+        found = [*api, self._ingress_problem, *files_here, full, self._network_problem or self.machine.problem]
         return [problem for problem in found if problem]
 
     @property
@@ -684,7 +704,7 @@ class Daemon:
                 "problem": known.hosts_problem,
             },
             "state_directory": {"path": self.settings.state.directory, "problem": known.state_problem},
-            "network": {"problem": self._network_problem},
+            "network": {"problem": self._network_problem or self.machine.problem},
             "skipped": [{"id": one.id, "url": one.url, "reason": one.reason} for one in known.desired.skipped],
             "without_address": list(known.desired.without_address),
             "from_last_known": known.from_last_known,

@@ -6,7 +6,9 @@ import contextlib
 import errno
 import gc
 import logging
+import math
 import os
+import resource
 import signal
 import socket
 import struct
@@ -29,6 +31,8 @@ log = logging.getLogger("ngrokd.machine")
 # Offload makes the MTU irrelevant for speed; without it every packet costs a system call, and the largest is best.
 MTU_WITH_OFFLOAD: Final = 1500
 MTU_WITHOUT_OFFLOAD: Final = 65535
+# What others changed and could not be restored is tried again this often, whether or not the kernel reports something.
+PUT_BACK_AGAIN_S: Final = 5.0
 
 
 class DeviceRefusedError(NgrokdError):
@@ -50,6 +54,12 @@ class LinuxMachine:
         self._claim: socket.socket | None = None
         self._addresses: frozenset[bytes] = frozenset()
         self._mtu = 0
+        self.problem = ""
+
+    @property
+    def descriptors(self) -> int:
+        """The limit of open files."""
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
     def wall(self) -> float:
         """The wall clock, Unix seconds."""
@@ -99,11 +109,11 @@ class LinuxMachine:
             # All that has been imported by now stays to the end: collections, which hold up every packet for as long as
             # they take, need not walk over it.
             gc.freeze()
+            self._plan = plan
+            self._addresses = linux.host_addresses()
         except BaseException:
-            self._claim.close()
+            self.restore()
             raise
-        self._plan = plan
-        self._addresses = linux.host_addresses()
         assert self._device is not None
         return self._device
 
@@ -133,10 +143,13 @@ class LinuxMachine:
 
     def restore(self) -> None:
         """Undo the plan, whatever of it is still in force."""
-        if self._plan is not None:
-            undone = linux.undo(self._plan, {DEVICE: Action(self._open, self._close)})
-            for problem in undone.problems:
-                log.error("%s%s", problem, f"; {problem.remedy}" if problem.remedy else "")
+        try:
+            if self._plan is not None:
+                undone = linux.undo(self._plan, {DEVICE: Action(self._open, self._close)})
+                for problem in undone.problems:
+                    log.error("%s%s", problem, f"; {problem.remedy}" if problem.remedy else "")
+        except NgrokdError as error:
+            log.error("what was changed on this machine could not be undone: %s", error)
         if self._claim is not None:
             self._claim.close()
 
@@ -161,24 +174,36 @@ class LinuxMachine:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_watch, self._plan, note_addresses, note_disturbance)
             while True:
-                await disturbed.wait()
+                with trio.move_on_after(PUT_BACK_AGAIN_S if self.problem else math.inf):
+                    await disturbed.wait()
                 disturbed = trio.Event()
                 await self._put_back()
 
     async def _put_back(self) -> None:
+        """Restore what others changed of ours, and see whether somebody else has come to claim our subnet."""
         assert self._plan is not None
+        ours = self._plan.only(GUARD, LINK, ADDRESS, ROUTE)
+        problem = ""
         try:
-            again = await self.run_sync(linux.ensure, self._plan.only(GUARD, LINK, ADDRESS, ROUTE))
-        except NgrokdError as error:
-            # A deleted interface is the data plane's to notice; it asks for `reopen`, which restores the rest.
-            log.debug("%s", error)
-        else:
-            for step in again:
+            # A deleted interface is the data plane's to notice; it asks for `reopen`, which is seen here again.
+            for step in await self.run_sync(linux.ensure, ours):
                 log.warning("somebody changed what this daemon needs; restored: %s", step)
+            for subnet in ours.subnets:
+                judgement = await self.run_sync(linux.find_conflicts, subnet, ours.interface)
+                if judgement.conflicts:
+                    problem = f"{subnet} is claimed by others too: {', '.join(map(str, judgement.conflicts))}"
+        except NgrokdError as error:
+            problem = str(error)
+        if problem != self.problem:
+            self.problem = problem
+            if problem:
+                log.warning("%s", problem)
+            else:
+                log.info("link, address and routes are as they should be again")
 
 
 async def _watch(plan: Plan, on_addresses: Callable[[frozenset[bytes]], None], on_ours: Callable[[], None]) -> None:
-    await linux.watch(plan, on_addresses=on_addresses, on_ours=on_ours)
+    await linux.watch(plan, on_addresses=on_addresses, on_ours=on_ours, on_foreign=on_ours)
 
 
 def _claim_interface(interface: str) -> socket.socket:

@@ -45,6 +45,8 @@ class MemoryMachine:
     """`ngrokd.daemon.Machine` without a machine."""
 
     names: tuple[str, ...] = ("world",)
+    problem = ""
+    descriptors = 1_000_000
 
     def __init__(self, lab: Lab, wall: Callable[[], float], cable: tuple[MemoryDevice, MemoryDevice]) -> None:
         self._lab = lab
