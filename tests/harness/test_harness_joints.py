@@ -491,3 +491,114 @@ async def test_a_flag_found_while_a_plan_is_made_is_kept(
 
         assert "new.demo" in known.desired.names()
         assert known.desired.flags == {"hello.demo": (SHADOWS_PUBLIC,)}
+
+
+# Endpoints that go while they are used
+
+
+@pytest.mark.parametrize("comes_back", [False, True])
+async def test_flows_of_a_removed_endpoint_get_five_minutes_unless_it_comes_back(
+    world: World, autojump_clock: MockClock, comes_back: bool
+) -> None:
+    async with world.running() as daemon:
+        await daemon.ready.wait()
+        address = world.named()["echo.demo"]
+        stream = await world.apps.connect((address, 7))
+        world.lab.remove_endpoint("tcp://echo.demo:7")
+        await trio.sleep(35)
+        assert "echo.demo" not in world.named()
+        with pytest.raises(ConnectionRefusedError):
+            await world.apps.connect((address, 7))
+        await trio.sleep(200)
+        if comes_back:
+            world.lab.add_endpoint("tcp://echo.demo:7", "echo")
+        await trio.sleep(40)
+        await stream.send_all(b"still here")
+        assert await stream.receive_some(100) == b"still here"
+
+        await trio.sleep(60)
+
+        assert stream.peer.error == ("" if comes_back else "reset")
+        assert daemon.plane.flow_count == (1 if comes_back else 0)
+        assert ("echo.demo" in world.named()) == comes_back
+
+
+# What the API says besides
+
+
+async def test_a_refused_key_keeps_everything_and_a_new_one_counts_at_once(
+    world: World, autojump_clock: MockClock
+) -> None:
+    async with world.running(api={"key": ""}) as daemon:
+        store = world.directory / "state" / "api_key"
+        await trio.sleep(1)
+        assert daemon.state == "waiting_for_key"
+        await daemon.commands["set-api-key"].handler(["lab-api-key"], ROOT)
+        await daemon.ready.wait()
+        names = world.named()
+        world.lab.plane.keys = {"rotated"}
+        await trio.sleep(120)
+        assert daemon.state == "degraded"
+        assert daemon.discovery.known.auth_failed
+        assert world.named() == names
+        await world.apps.connect((names["echo.demo"], 7))
+
+        started = trio.current_time()
+        await daemon.commands["set-api-key"].handler(["rotated"], ROOT)
+
+        assert trio.current_time() - started < 2
+        assert daemon.state == "ready"
+        assert store.read_text() == "rotated"
+
+
+async def test_too_many_requests_are_answered_with_the_patience_that_is_asked_for(
+    world: World, autojump_clock: MockClock
+) -> None:
+    async with world.running() as daemon:
+        await daemon.ready.wait()
+        world.lab.plane.set_fault(Fault.rate_limited(120))
+        await trio.sleep(31)
+        asked = daemon.discovery.known.polls
+        await trio.sleep(85)
+        assert daemon.discovery.known.polls == asked
+        world.lab.plane.set_fault(None)
+        await trio.sleep(40)
+        assert daemon.state == "ready"
+
+
+@pytest.mark.parametrize("outage_s", [5, 60, 500])
+async def test_a_short_outage_is_over_within_ten_seconds_of_its_end(
+    world: World, autojump_clock: MockClock, outage_s: float
+) -> None:
+    async with world.running() as daemon:
+        await daemon.ready.wait()
+        await trio.sleep(28)
+        world.lab.set_api_down(True)
+        await trio.sleep(outage_s)
+        world.lab.set_api_down(False)
+        world.lab.add_endpoint("http://new.demo", "http")
+
+        await trio.sleep(10.5)
+
+        assert "new.demo" in world.named()
+        assert daemon.state == "ready"
+
+
+async def test_a_certificate_that_cannot_be_used_is_a_problem_and_no_end(
+    world: World, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    """What ngrok signs is not ours to choose; OpenSSL may refuse it. The one in use stays."""
+    async with world.running() as daemon:
+        await daemon.ready.wait()
+        before = daemon.discovery.known.credentials
+
+        def refuse(_credentials: object) -> None:
+            raise NgrokdError("the client certificate and its key cannot be used: ee key too small")
+
+        monkeypatch.setattr(daemon.plane.ingress, "set_credentials", refuse)
+        with pytest.raises(NgrokdError, match="too small"):
+            await daemon.commands["refresh-cert"].handler(["--force"], ROOT)
+
+        assert daemon.state == "degraded"
+        assert daemon.discovery.known.credentials is before
+        await world.apps.connect((world.named()["echo.demo"], 7))
