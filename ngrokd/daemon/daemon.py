@@ -78,7 +78,7 @@ RESOLVE_TIMEOUT_S: Final = 5.0
 # Of the descriptors that the process may have; each flow takes one.
 RESERVED_DESCRIPTORS: Final = 64
 # How long a start that has last known endpoints waits for the API before it says that it is ready (docs/adr/0010).
-READY_WAIT_S: Final = 1.0
+READY_WAIT_S: Final = 0.7
 # The Go daemon's set-api-key came back when the registration was over; so does ours, but not for ever.
 COMMAND_WAIT_S: Final = 20.0
 
@@ -359,10 +359,10 @@ class Daemon:
         if discovery.known.desired.services:
             with trio.move_on_after(READY_WAIT_S):
                 await discovery.first_attempt.wait()
+                await self._ingress_was_looked_up()
         else:
             await discovery.first_success.wait()
-        while self._ingress_told != self._ingress_address():
-            await self._ingress_looked_up.wait()
+            await self._ingress_was_looked_up()
         net = self.settings.net
         count = len(discovery.known.desired.services)
         self.ready.set()
@@ -376,6 +376,10 @@ class Daemon:
             )
         except (OSError, ValueError) as error:  # its reader is gone, or it is closed: the apps are served all the same
             log.warning("the ready line could not be printed: %s", error)
+
+    async def _ingress_was_looked_up(self) -> None:
+        while self._ingress_told != self._ingress_address():
+            await self._ingress_looked_up.wait()
 
     async def _keep_status(self) -> None:
         """Tell the service manager in a few words how we are, whenever that may have changed."""
