@@ -585,8 +585,9 @@ class Lock:
                         continue
                     # fdatasync is not needed: after a power cut there is no holder either.
                     text = f"{os.getpid()} {self.description}\n".encode("utf-8", "replace")
-                    ops.pwrite(fd, text, 0)
-                    ops.ftruncate(fd, len(text))
+                    with suppress(OSError):  # on a full disk it is held all the same, only namelessly
+                        ops.ftruncate(fd, 0)
+                        ops.pwrite(fd, text, 0)
                 except BlockingIOError:
                     owner = _read_owner(fd, ops)
                     close_quietly(fd, ops=ops)

@@ -175,6 +175,24 @@ def test_a_read_only_hosts_file_is_a_warning_and_is_written_when_it_can_be(stage
     assert "hello.demo" not in stage.hosts()
 
 
+def test_a_full_disk_does_not_keep_it_from_starting(stage: Stage) -> None:
+    """What is known is served, what is new too, and it is saved when there is room again."""
+    state = f"{stage.directory}/state"
+    stage.start()
+    assert stage.stop() == 0
+    fill = f"cp -a {state} /run/s; mount -t tmpfs -o size=64k,mode=700 none {state}; cp -a /run/s/. {state}"
+    stage.ns.run(["sh", "-c", f"{fill}; dd if=/dev/zero of={state}/fill bs=1k || true"])
+
+    stage.start()
+    stage.lab.do("add http://new.demo http")
+    eventually(lambda: "new.demo" in stage.hosts(), within=5)
+    assert "No space" in stage.status()["state_directory"]["problem"]
+    stage.ns.run(["rm", f"{state}/fill"])
+
+    eventually(lambda: "new.demo" in stage.ns.read_file(f"{state}/ip_mappings.json"), within=5)
+    assert stage.status()["state"] == "ready"
+
+
 def test_few_descriptors_mean_few_flows_and_a_daemon_that_lives(stage: Stage) -> None:
     """Those it needs itself are kept: it still asks the API and answers on its socket."""
     stage.daemon = shell(stage, before="ulimit -n 128;")
