@@ -38,6 +38,7 @@ FORWARDER_PORT = 18470
 HAPROXY_PORT = 18480
 NEAR, FAR = "192.0.2.1", "192.0.2.2"  # the ends of the long line
 PATIENCE_S = 20.0
+DAEMON = "ngrokd"  # the way that all others are compared with
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -88,6 +89,7 @@ class Program:
     ) -> None:
         started = time.perf_counter()
         self._log = log
+        self._name = " ".join(str(argument) for argument in arguments[:4])
         with log.open("ab") as stderr:
             self._process = subprocess.Popen(
                 [str(argument) for argument in arguments],
@@ -104,7 +106,15 @@ class Program:
         self.started_in = time.perf_counter() - started
         if not is_ready:
             self.stop()
-            raise SystemExit(f"{arguments[0]} did not become ready:\n{log.read_text(errors='replace')[-4000:]}")
+            raise SystemExit(f"{self._name} did not become ready:\n{self._last_words()}")
+
+    def check(self) -> None:
+        """Stop everything when it has ended by itself, saying what it said last."""
+        if self._process.poll() is not None:
+            raise SystemExit(f"{self._name} ended:\n{self._last_words()}")
+
+    def _last_words(self) -> str:
+        return self._log.read_text(errors="replace")[-4000:]
 
     def stop(self) -> None:
         """End it and wait until it has ended."""
@@ -170,14 +180,24 @@ class Way:
         name: as it stands in tables.
         addresses: HOST:PORT for each service.
         program: what carries the bytes; None for the direct connection.
+        variant: whether it is a daemon other than the first, measured in some cases only.
     """
 
     name: str
     addresses: dict[str, str]
     program: Program | None
+    variant: bool = False
 
     def cpu_seconds(self) -> float:
         return cpu_seconds(self.program.pid) if self.program else 0.0
+
+    def memory_bytes(self) -> int:
+        return memory_bytes(self.program.pid) if self.program else 0
+
+    def check(self) -> None:
+        """Stop the benchmark when the program has ended."""
+        if self.program:
+            self.program.check()
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +210,7 @@ class Variant:
         settings: "section.key" to a TOML value.
     """
 
-    name: str = "ngrokd"
+    name: str = DAEMON
     python: str = sys.executable
     settings: dict[str, str] = field(default_factory=dict)
 
@@ -246,21 +266,23 @@ class Stage:
     @contextlib.contextmanager
     def daemon(self, variant: Variant) -> Iterator[Way]:
         """The real daemon, registered with the lab's control plane. Several can run side by side."""
-        index = self.count
-        self.count += 1
-        home = self.directory / f"daemon{index}"
-        program = self.start_daemon(variant, index)
-        with running(program):
+        home = self.new_home()
+        with running(self.start_daemon(variant, home)) as program:
             names = read_hosts(home / "hosts")
-            yield Way(variant.name, {name: f"{names[f'{name}.bench']}:7000" for name in SERVICES}, program)
+            addresses = {name: f"{names[f'{name}.bench']}:7000" for name in SERVICES}
+            yield Way(variant.name, addresses, program, variant=variant.name != DAEMON)
 
-    def start_daemon(self, variant: Variant, index: int) -> Program:
-        """Start a daemon whose files are in `directory`/daemon`index`, kept from an earlier start if there was one."""
-        home = self.directory / f"daemon{index}"
-        home.mkdir(exist_ok=True)
-        hosts = home / "hosts"
-        if not hosts.exists():
-            hosts.write_text("127.0.0.1\tlocalhost\n")
+    def new_home(self) -> Path:
+        """A directory for the files of one more daemon."""
+        home = self.directory / f"daemon{self.count}"
+        self.count += 1
+        home.mkdir()
+        (home / "hosts").write_text("127.0.0.1\tlocalhost\n")
+        return home
+
+    def start_daemon(self, variant: Variant, home: Path) -> Program:
+        """Start a daemon whose files are in `home`, those of an earlier start too."""
+        index = int(home.name.removeprefix("daemon"))
         settings = {
             "api.url": f'"https://127.0.0.1:{API_PORT}"',
             "api.ca_file": f'"{self.directory}/ca.pem"',
@@ -268,7 +290,7 @@ class Stage:
             "state.directory": f'"{home}/state"',
             "net.interface": f'"ngrokd{index}"',
             "net.subnet": f'"10.{107 + index}.0.0/16"',
-            "hosts.path": f'"{hosts}"',
+            "hosts.path": f'"{home}/hosts"',
             "control.socket": f'"{home}/control.sock"',
             "http.listen": '""',
         }
@@ -276,10 +298,15 @@ class Stage:
         config.write_text(to_toml(settings | variant.settings))
         return Program(
             [variant.python, "-m", "ngrokd", "run", "--config", config],
-            log=self.log(f"daemon{index}"),
+            log=self.log(home.name),
             env={"NGROK_API_KEY": DEFAULT_KEY},
             cwd=variant.cwd,
         )
+
+    def hold(self, address: str, connections: int) -> Held:
+        """Open connections that then do nothing; see `Held`."""
+        command = [self.program, "load", "-kind", "hold", "-address", address, "-connections", connections]
+        return Held([str(part) for part in command])
 
     def load(self, address: str, kind: str, *arguments: object) -> dict[str, Any]:
         """Run one load program to its end."""
@@ -309,6 +336,25 @@ def read_hosts(path: Path) -> dict[str, str]:
         address, *rest = line.partition("#")[0].split() or [""]
         names |= dict.fromkeys(rest, address)
     return names
+
+
+class Held:
+    """Connections that are open and idle.
+
+    Attributes:
+        count: how many stand.
+    """
+
+    def __init__(self, command: list[str]) -> None:
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        self.count = int(self._process.stdout.readline().split()[1])
+
+    def release(self) -> dict[str, Any]:
+        """Ask once on each, then close all. Returns the load program's result."""
+        shown, _ = self._process.communicate("\n", timeout=300)
+        result: dict[str, Any] = json.loads(shown)
+        return result
 
 
 @contextlib.contextmanager
