@@ -76,6 +76,7 @@ CONFIRM_S: Final = 5.0
 RETRY_S: Final = 30.0
 # How often the hosts file is looked at between two polls.
 HOSTS_LOOK_S: Final = 2.0
+HOSTS_LOOK_SLOWLY_S: Final = 60.0
 HOSTS_TRIES: Final = 3
 # Of endpoints that are newly skipped in one poll, so many get a line each: 65,000 would be a second of logging.
 SKIPPED_LOGGED: Final = 50
@@ -303,7 +304,7 @@ class Discovery:
                 with trio.move_on_after(look_s):
                     await self._wanted.wait()
                 if self._hosts_need_us():
-                    look_s *= 2
+                    look_s = min(look_s * 2, HOSTS_LOOK_SLOWLY_S)
                     await self._name()
                     self._listing = b""  # what others wrote may change what may be served; the next poll judges
 

@@ -393,6 +393,16 @@ async def test_whoever_fights_for_the_hosts_file_is_answered_ever_more_slowly(
         assert restored < 12
 
 
+async def test_many_edits_in_a_long_time_are_no_fight(world: World, autojump_clock: MockClock) -> None:
+    """Polls may be hours apart; an edit now and then must not make us slower and slower until the next."""
+    async with world.running(api={"poll_interval": "24h"}) as daemon:
+        await daemon.ready.wait()
+        for _ in range(20):
+            world.hosts.write_text("127.0.0.1\tlocalhost\n")
+            await trio.sleep(61)
+            assert world.named()
+
+
 async def test_a_name_that_somebody_else_takes_is_let_go_at_the_next_poll(
     world: World, autojump_clock: MockClock
 ) -> None:
