@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, TypeVar, cast, get_args
 
 from ngrokd.errors import NgrokdError
-from ngrokd.lab.backends import Tally
+from ngrokd.lab.backends import Tally, make_backend
 from ngrokd.lab.control_plane import Fault
 from ngrokd.lab.ingress import Accept, Answer, Connection, Then, Toxics
 from ngrokd.lab.link import Line
@@ -26,6 +26,7 @@ _Record = TypeVar("_Record")
 
 HELP: Final = """\
 add URL BACKEND             bind an endpoint: add tcp://db.prod:5432 echo
+many COUNT URL BACKEND      bind so many, all with one back end: many 65000 http://svc-{}.prod http
 remove URL                  unbind it
 outage on|off               the API refuses connections
 fault KEY=VALUE...|off      the API fails: status code message delay_s hang cut_after endless body raw method path
@@ -62,6 +63,7 @@ class Commands:
         self._lab = lab
         self._table: dict[str, Callable[[Sequence[str]], dict[str, object] | None]] = {
             "add": self._add,
+            "many": self._many,
             "remove": self._remove,
             "outage": self._outage,
             "fault": self._fault,
@@ -98,6 +100,16 @@ class Commands:
     def _add(self, words: Sequence[str]) -> dict[str, object]:
         url, backend = _exactly(words, "add URL BACKEND", 2)
         return {"id": self._lab.add_endpoint(url, backend)}
+
+    def _many(self, words: Sequence[str]) -> dict[str, object]:
+        count, url, kind = _exactly(words, "many COUNT URL BACKEND", 3)
+        if "{}" not in url:
+            raise BadCommand(f"{url!r} needs a {{}}, where the number goes")
+        backend = make_backend(kind)
+        width = len(str(int(count) - 1))
+        for number in range(int(count)):
+            self._lab.add_endpoint(url.replace("{}", f"{number:0{width}}"), backend)
+        return {"endpoints": len(self._lab.plane.endpoints)}
 
     def _remove(self, words: Sequence[str]) -> dict[str, object]:
         (url,) = _exactly(words, "remove URL", 1)

@@ -33,6 +33,18 @@ async def test_every_command_of_the_help_exists(lab: Lab) -> None:
     assert Commands(lab).execute("")["help"] == HELP
 
 
+async def test_many_endpoints_are_one_command(lab: Lab) -> None:
+    """A whole subnet of them, with names as long as each other, so that they sort as they are counted."""
+    commands = Commands(lab)
+
+    answer = commands.execute("many 12 tcp://db-{}.prod:5432 echo")
+
+    assert answer == {"ok": True, "endpoints": 7 + 12}
+    assert lab.backend("db-00.prod", 5432) is lab.backend("db-11.prod", 5432)
+    assert not commands.execute("many 12 tcp://db.prod:5432 echo")["ok"]
+    assert not commands.execute("many twelve tcp://db-{}.prod:5432 echo")["ok"]
+
+
 async def test_toxics_are_built_from_words(lab: Lab) -> None:
     """For all, for a route, for the next connection; and off again."""
     commands = Commands(lab)
