@@ -996,7 +996,8 @@ class Flow:
 
     def _transmit_opening(self, write: Write, now: float) -> bool:
         if self._syn_ack_owed:
-            window = min(self._host.budget.receive_cap, 65535)  # never scaled in a SYN (RFC 7323 2.2)
+            # Never scaled in a SYN (RFC 7323 2.2), and never less than in the one before.
+            window = min(max(self._host.budget.receive_cap, self.rcv_edge - self.rcv_nxt), 65535)
             own = min(self._host.mtu - 40, MAX_MSS)
             extra = options(
                 mss=own,
@@ -1487,9 +1488,12 @@ class Flow:
     def _on_keepalive(self, now: float) -> None:
         """RFC 9293 3.8.4. On this link it finds only a vanished network namespace; it must find that, though."""
         host = self._host
-        if now - self._heard_at < host.keepalive_idle:
+        idle_at = self._heard_at + host.keepalive_idle
+        # The sum is compared, not the difference: rounded, the latter may be short of the idle time at the very moment
+        # that the sum names, and the same deadline would be set for ever.
+        if now < idle_at:
             self._keep_probes = 0
-            self._keep_at = self._heard_at + host.keepalive_idle
+            self._keep_at = idle_at
             return
         if self._keep_probes >= host.keepalive_probes:
             host.timeouts += 1

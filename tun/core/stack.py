@@ -644,16 +644,12 @@ class Stack:
             self._after(flow, now)  # ended by its owner a moment ago
             flow = None
         if flow is not None:
-            if (
-                flow.state == SYN_PENDING
-                and flags & (SYN | ACK | RST) == SYN
-                and segment.seq != flow.irs
-                and self._may_answer(packet, start, end, now)
-            ):
+            if flow.state == SYN_PENDING and flags & (SYN | ACK | RST) == SYN and segment.seq != flow.irs:
                 # The app has begun anew on the same port: what it wanted before is void.
-                flow.cancel()
-                self._after(flow, now)
-                self._listen(key, None, now)
+                if self._may_answer(packet, start, end, now):
+                    flow.cancel()
+                    self._after(flow, now)
+                    self._listen(key, None, now)
                 return
             wants_reset = flow.handle_segment(segment, packet, now)
             self._after(flow, now)
@@ -758,11 +754,14 @@ class Stack:
         elif ahead == 0 and segment.data_end == segment.data_start and not flags & FIN:
             self._host.drop("time_wait")  # the last ACK again: nothing is missing
             return False
-        elif ahead < 0:
+        # Bytes or a FIN once more: the app misses our last ACK. An old ACK alone proves nothing, and answering each of
+        # them could go on for ever with an app that takes our answers for wrong.
+        missing = ahead < 0 and (segment.data_end > segment.data_start or flags & FIN != 0)
+        if missing:
             record.expires_at = now + TIME_WAIT_S
             table.hold(key, record)
         self._host.drop("time_wait")
-        if now - record.answered_at >= CHALLENGE_INTERVAL_S or ahead < 0:
+        if missing or now - record.answered_at >= CHALLENGE_INTERVAL_S:
             record.answered_at = now
             header = self._header
             stamp = (int(now * 1000.0) + record.ts_offset) & MASK

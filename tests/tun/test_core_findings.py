@@ -1,0 +1,73 @@
+"""What fuzzing has found in the stack: each of these failed first. The corpora in fuzz/ hold the longer versions."""
+
+from __future__ import annotations
+
+from tun.core.stack import StackSettings
+from tun.testing.playbook import OPEN, Play
+
+# A moment whose sum with 300 s, less itself, is a little less than 300 s in floating point.
+ROUNDS_DOWN = 212.002
+
+
+def test_keepalive_is_due_at_the_moment_it_was_set_for(play: Play) -> None:
+    """Computed as a difference the idle time fell short by rounding, and the same deadline was set for ever."""
+    assert (ROUNDS_DOWN + 300.0) - ROUNDS_DOWN < 300.0
+
+    play(
+        """
+        +300s app < .  0:0(0) ack 1
+        """,
+        begin=OPEN,
+        start=ROUNDS_DOWN,
+    )
+
+
+def test_a_new_syn_from_somebody_who_may_not_counts_once(play: Play) -> None:
+    """The sources that may connect change while a request waits; the app's next attempt is one drop, not two."""
+    book = play(
+        """
+        app > S  0:0(0)
+        us  | request 10.107.0.2:443
+        """
+    )
+    book.stack.set_sources(frozenset())
+
+    book.app_initial = 7777
+    book.play("app > S  0:0(0)")
+
+    assert book.stack.drops == {"source": 1}
+
+
+def test_a_syn_ack_sent_again_offers_no_smaller_window(play: Play) -> None:
+    """Between the two, other flows have made buffers smaller; what was promised stays promised (RFC 9293 3.8.6)."""
+    play(
+        """
+        app > S  0:0(0)        win 65535 mss 1460 wscale 7
+        us  | request 10.107.0.2:443
+        us  | accept
+        app < S. 0:0(0) ack 1  win 8192
+        +1s app < S. 0:0(0) ack 1  win 8192
+        +2s app < S. 0:0(0) ack 1  win 8192
+        """,
+        settings=StackSettings(receive_buffer=8192, small_buffer=4096, active_flows=0),
+    )
+
+
+def test_old_acks_in_time_wait_are_no_conversation(play: Play) -> None:
+    """Each was answered at once; an app that found our answers wrong as well, after one forged FIN, never stopped."""
+    play(
+        """
+        us  | finish
+        app < F. 1:1(0) ack 1
+        app > .  1:1(0) ack 2
+        app > F. 1:1(0) ack 2
+        app < .  2:2(0) ack 2
+        us  | flow TIME_WAIT
+        app > .  1:1(0) ack 2
+        app < .  2:2(0) ack 2
+        app > .  1:1(0) ack 2
+        app > F. 1:1(0) ack 2
+        app < .  2:2(0) ack 2
+        """,
+        begin=OPEN,
+    )
