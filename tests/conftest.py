@@ -1,0 +1,32 @@
+"""What holds for every test: no test leaves the process different from how it found it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+
+# Deadlines of single examples measure the machine, not the code; what must be fast has a test that says so.
+hypothesis.settings.register_profile("ordinary", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("ordinary")
+
+_LOGGERS = ("", "ngrokd", "tun", "py.warnings", "pyroute2")
+
+
+def _logging_state() -> list[tuple[object, ...]]:
+    state: list[tuple[object, ...]] = [("disabled", logging.root.manager.disable)]
+    for name in _LOGGERS:
+        logger = logging.getLogger(name)
+        ours = [handler for handler in logger.handlers if type(handler).__module__.startswith("ngrokd")]
+        state.append((name, logger.propagate, logger.disabled, ours))
+    return state
+
+
+@pytest.fixture(autouse=True)
+def _logging_is_left_alone() -> Iterator[None]:
+    """A log that a test installs and forgets would swallow what later tests look for."""
+    before = _logging_state()
+    yield
+    assert _logging_state() == before
