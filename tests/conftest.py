@@ -12,7 +12,7 @@ import pytest
 hypothesis.settings.register_profile("ordinary", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("ordinary")
 
-_LOGGERS = ("", "ngrokd", "tun", "py.warnings", "pyroute2")
+_LOGGERS = ("", "ngrokd", "ngrokd.ops.control", "tun", "py.warnings", "pyroute2")
 
 
 def _logging_state() -> list[tuple[object, ...]]:
