@@ -71,3 +71,21 @@ def test_old_acks_in_time_wait_are_no_conversation(play: Play) -> None:
         """,
         begin=OPEN,
     )
+
+
+def test_answers_to_probes_are_no_conversation(play: Play) -> None:
+    """A closed window makes each ACK from one byte before ours a probe; a peer that answers answers went on for ever."""
+    play(
+        """
+        app > P. 1:4097(4096) ack 1
+        app < .  1:1(0) ack 4097  win 0
+        app > .  4096:4096(0) ack 1      +0.2s
+        app < .  1:1(0) ack 4097  win 0
+        app > .  4096:4096(0) ack 1
+        app > .  4096:4096(0) ack 1
+        app > .  4096:4096(0) ack 1      +0.2s
+        app < .  1:1(0) ack 4097  win 0
+        """,
+        begin=OPEN.replace("app < S. 0:0(0) ack 1  win 65535", "app < S. 0:0(0) ack 1  win 4096"),
+        settings=StackSettings(receive_buffer=4096),
+    )

@@ -88,6 +88,7 @@ SYN_SILENCE_GAPS: Final = 2.5
 FIN_WAIT_2_S: Final = 60.0  # Linux tcp_fin_timeout
 # Linux tcp_invalid_ratelimit, gVisor the same: per flow, never shared between flows (CVE-2016-5696).
 CHALLENGE_INTERVAL_S: Final = 0.5
+PROBE_ANSWER_INTERVAL_S: Final = 0.1  # half of Linux's least retransmission timeout, by which it paces its probes
 PAWS_IDLE_S: Final = 24 * 86400.0  # RFC 7323 5.5: after 24 days a timestamp says nothing any more
 
 FIRST_CWND: Final = 256 * 1024  # RFC 9293 MUST-19 wants slow start; the link is this machine, so it starts high
@@ -673,7 +674,11 @@ class Flow:
             if length and self._sack_on and seq < self.rcv_nxt:
                 self._dsack = (seq, min(seq + length, self.rcv_nxt))
             if seq == self.rcv_nxt - 1 and length <= 1 and self.rcv_edge - self.rcv_nxt < self._mss:
-                self._owe_ack_now()  # a probe of the window we closed: it waits for exactly this answer
+                # A probe of the window we closed waits for exactly this answer. No kernel probes faster than this; a
+                # loop of two sides that find each other's ACKs wrong does.
+                if length or now - self._challenged_at >= PROBE_ANSWER_INTERVAL_S:
+                    self._challenged_at = now
+                    self._owe_ack_now()
             else:
                 self._answer_unacceptable(length + (flags & FIN), now)
             return False
