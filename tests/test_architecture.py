@@ -22,7 +22,7 @@ def _tracked() -> list[Path]:
 
 
 def test_every_import_follows_an_arrow_of_the_design() -> None:
-    """docs/architecture.md is true because this runs. In a process of its own: the linter sets up logging for itself."""
+    """docs/architecture.md is true because this runs; in its own process, since the linter takes logging over."""
     command = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
 
     run = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
