@@ -13,6 +13,7 @@ Supervision inside `DataPlane.run`:
     outer nursery
     |- pump              Network.run; outlives the flows, because endings need packets too
     `- flows nursery     one task per request: Handler.serve; its deadline is set only by `drain`
+       `- pool           Ingress.run: ready connections; ends when draining begins
 
 One flow's error ends that flow (`Handler.serve` is the boundary). A lost device does not end the flows: the pump
 reports it and waits for another one.
@@ -31,6 +32,7 @@ from ngrokd.endpoints import Credentials, Endpoint
 from ngrokd.names.directory import Directory
 from ngrokd.relay.handler import FlowEvent, Handler
 from ngrokd.relay.ingress import Ingress
+from ngrokd.relay.stock import PoolSettings
 from ngrokd.relay.transport import Transport
 from tun import Device, DeviceError, FlowRequest, FlowStream, Network, Stack, StackSettings
 
@@ -109,6 +111,7 @@ class DataPlaneSettings:
     connect_timeout_s: float = 10.0
     dials: int = 64
     refused_networks: tuple[str, ...] = ()
+    pool: PoolSettings = field(default_factory=PoolSettings)
     strict: bool = False
 
 
@@ -142,6 +145,8 @@ class DataPlane:
             dials=settings.dials,
             refused_networks=settings.refused_networks,
             on_ca_found=lambda pem: report(CaFound(pem)),
+            pool=settings.pool,
+            strict=settings.strict,
         )
         self._handler = Handler(self._lookup, self.ingress, on_event=report, strict=settings.strict)
         self._flows: trio.Nursery | None = None
@@ -217,6 +222,7 @@ class DataPlane:
         numbers |= {f"drops.{reason}": count for reason, count in stack.drops.items()}
         numbers |= {f"device.{reason}": count for reason, count in self.network.device.drops.items()}
         numbers |= {f"relay.{name}": value for name, value in self._handler.counters().items()}
+        numbers |= {f"pool.{name}": value for name, value in self.ingress.counters().items()}
         numbers["flows"] = len(self._serving)
         numbers["batches"] = self.network.batches
         return numbers
@@ -229,8 +235,11 @@ class DataPlane:
             await outer.start(self._pump)
             async with trio.open_nursery() as flows:
                 self._flows = flows
-                task_status.started()
-                await self._draining.wait()
+                async with trio.open_nursery() as pool:
+                    pool.start_soon(self.ingress.run)
+                    task_status.started()
+                    await self._draining.wait()
+                    pool.cancel_scope.cancel()
                 flows.cancel_scope.deadline = trio.current_time() + self._drain_s
             self._flows = None
             outer.cancel_scope.cancel()

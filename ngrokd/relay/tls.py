@@ -29,7 +29,7 @@ import trio
 from ngrokd.errors import StreamTruncated
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from ngrokd.relay.transport import Transport
 
@@ -285,8 +285,11 @@ class TlsStream:
 
     # -- opening
 
-    async def handshake(self) -> None:
+    async def handshake(self, turn: Callable[[], Awaitable[None]] | None = None) -> None:
         """Do the TLS handshake. Cancelled or failed, the stream can only be aborted.
+
+        Args:
+            turn: awaited before each step that follows on something received; those cost up to a millisecond.
 
         Raises:
             ssl.SSLError: the handshake failed, SSLCertVerificationError where we did not trust the other side.
@@ -307,6 +310,8 @@ class TlsStream:
             while (ciphertext := self._receive_ciphertext("during the TLS handshake")) is None:
                 await self._transport.wait_readable()
             session.feed(ciphertext)
+            if turn is not None:
+                await turn()
 
     # -- sending
 
@@ -476,6 +481,16 @@ class TlsStream:
         self._discard_received()
         self._transport.close()
 
+    def close_nowait(self) -> None:
+        """End as gracefully as is possible without waiting: close_notify if it can go at once, then close."""
+        if not self._closed:
+            self.send_eof_nowait()
+            self._closed = True
+            self._wake()
+            self._discard_received()
+            self._transport.close()
+            self._forget()
+
     def _discard_received(self) -> None:
         """Read what has come and nobody asked for (TLS 1.3 tickets).
 
@@ -494,9 +509,12 @@ class TlsStream:
             self._closed = True
             self._wake()
             self._transport.abort()
-            self._backlog.clear()
-            self.backlog = 0
-            self._ready.clear()
+            self._forget()
+
+    def _forget(self) -> None:
+        self._backlog.clear()
+        self.backlog = 0
+        self._ready.clear()
 
     # -- between the session and the transport
 

@@ -581,7 +581,7 @@ async def test_an_address_that_changes_during_a_dial_changes_the_next_one(lab: L
         await lab.open()
 
 
-async def test_when_all_fail_each_reason_is_told(lab: Lab) -> None:
+async def test_when_all_fail_each_reason_is_told(lab: Lab, autojump_clock: trio.testing.MockClock) -> None:
     async def fails(address: str) -> None:
         raise OSError(113, f"No route to {address[-1]}")
 
