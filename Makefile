@@ -11,7 +11,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 COMPILE := uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-index-url
 OLD_PYTHON := import sys; sys.exit("ngrokd needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)
 
-.PHONY: help demo test check unit netns bench lock install uninstall clean
+.PHONY: help demo test check unit netns bench bench-smoke lock install uninstall clean
 
 help:
 	@grep -E '^# make|^## ' $(MAKEFILE_LIST) | sed -E 's/^#+ //'
@@ -63,9 +63,14 @@ netns: .venv/stamp
 	.venv-bench/bin/python -m pip install $(PIP_FLAGS) --require-hashes -r requirements/bench.lock
 	@touch $@
 
-## make bench        throughput and latency of the whole path, beside its peers
+## make bench        the whole path beside its peers, into bench/RESULTS.md (half an hour; haproxy if installed)
 bench: .venv/stamp .venv-bench/stamp
-	$(SUDO) .venv/bin/python bench/bench_path.py $(BENCH_ARGS)
+	$(SUDO) .venv/bin/python bench/bench_path.py --rounds 5 --record $(BENCH_ARGS)
+
+## make bench-smoke  has a change halved the speed? (two minutes)
+bench-smoke: .venv/stamp .venv-bench/stamp
+	.venv/bin/python bench/bench_instructions.py --check
+	$(SUDO) .venv/bin/python bench/bench_smoke.py
 
 ## make lock         resolve the lock files anew (needs the `uv` command)
 lock:

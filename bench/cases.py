@@ -96,7 +96,9 @@ Results = dict[str, dict[str, list[dict[str, Any]]]]
 Values = Sequence[dict[str, Any]]
 
 
-def measure(stage: Stage, ways: Sequence[Way], cases: Sequence[str], seconds: float, rounds: int) -> Results:
+def measure(
+    stage: Stage, ways: Sequence[Way], cases: Sequence[str], seconds: float, rounds: int, *, every: bool = False
+) -> Results:
     """Run the cases, rounds outermost, so that a disturbance of a minute hits one round of each.
 
     Args:
@@ -105,13 +107,14 @@ def measure(stage: Stage, ways: Sequence[Way], cases: Sequence[str], seconds: fl
         cases: names of cases.
         seconds: length of one measurement.
         rounds: how many.
+        every: with the variants of the daemon in each case.
     """
     results: Results = {case: {} for case in cases}
     for index in range(rounds):
         for name in cases:
             case = CASES[name]
             if index < case.rounds:
-                chosen = [way for way in ways if case.variants or not way.variant]
+                chosen = [way for way in ways if every or case.variants or not way.variant]
                 order = chosen[index % len(chosen) :] + chosen[: index % len(chosen)]
                 for way, result in _round(stage, order, case, seconds).items():
                     results[name].setdefault(way, []).append(result)

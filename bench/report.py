@@ -20,7 +20,7 @@ from bench.cases import CASES, ROUND_TRIP_MS, Case, Results, cost, failures, med
 from bench.chart import Bar, Group, chart
 from bench.rest import FIGURES, Figures
 from bench.stage import DAEMON, haproxy_version
-from bench.toolchain import go_version
+from bench.toolchain import give_to_owner, go_version
 
 BENCH = Path(__file__).resolve().parent
 RESULTS = BENCH / "RESULTS.md"
@@ -94,15 +94,12 @@ def rest_table(figures: Figures) -> Iterator[str]:
 # -- what is kept ------------------------------------------------------------------------------------------------------
 
 
-def describe_run(command: str, load_before: float, rounds: int, seconds: float) -> dict[str, Any]:
+def describe_run(command: str, commit: str, load_before: float, rounds: int, seconds: float) -> dict[str, Any]:
     """Under which circumstances numbers came about."""
-    commit = _git("rev-parse", "--short", "HEAD") or "unknown"
-    if _git("status", "--porcelain", "--", "../ngrokd", "../tun", "go"):
-        commit += " with changes"
     openssl = " ".join(ssl.OPENSSL_VERSION.split()[:2])
     software = [f"CPython {platform.python_version()}", openssl, go_version(), haproxy_version()]
     return {
-        "commit": commit,
+        "commit": commit[:12] or "not committed",
         "command": command,
         "load_before": round(load_before, 1),
         "rounds": rounds,
@@ -113,10 +110,12 @@ def describe_run(command: str, load_before: float, rounds: int, seconds: float) 
     }
 
 
-def _git(*arguments: str) -> str:
-    # Not as a question of trust: nothing of the repository's configuration is executed by these commands.
-    command = ["git", "-c", f"safe.directory={BENCH.parent}", *arguments]
-    return subprocess.run(command, cwd=BENCH, capture_output=True, text=True, check=False).stdout.strip()
+def full_commit(revision: str) -> str:
+    """The commit that a revision names; "" for ""."""
+    if not revision:
+        return ""
+    command = ["git", "-c", f"safe.directory={BENCH.parent}", "rev-parse", "--verify", f"{revision}^{{commit}}"]
+    return subprocess.run(command, cwd=BENCH, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _processor() -> str:
@@ -140,13 +139,19 @@ def record(run: Mapping[str, Any], results: Results, figures: Figures | None) ->
     if figures:
         kept["rest"] = {"run": run, "results": figures}
     kept = {family: kept[family] for family in FAMILIES if family in kept}
-    NUMBERS.write_text(_one_result_per_line({"schema": "ngrokd.bench/2", "families": kept}))
+    _write(NUMBERS, _one_result_per_line({"schema": "ngrokd.bench/2", "families": kept}))
     CHARTS.mkdir(exist_ok=True)
+    give_to_owner(CHARTS)
     for family, of in kept.items():
         groups = rest_groups(of["results"]) if family == "rest" else list(case_groups(of["results"]))
-        (CHARTS / f"{family}.svg").write_text(chart(groups))
+        _write(CHARTS / f"{family}.svg", chart(groups))
     text = RESULTS.read_text() if RESULTS.exists() else "# Results\n"
-    RESULTS.write_text(replace_part(text, PART, markdown(kept)))
+    _write(RESULTS, replace_part(text, PART, markdown(kept)))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+    give_to_owner(path)
 
 
 def _one_result_per_line(value: Any, depth: int = 0) -> str:

@@ -26,7 +26,7 @@ Figures = dict[str, dict[str, list[float]]]
 
 # figure: title, unit
 FIGURES: dict[str, tuple[str, str]] = {
-    "start_ms": ("start until it serves", "ms"),
+    "start_ms": ("start until it serves (ngrokd: with registration)", "ms"),
     "known_ms": (f"start with {KNOWN_ENDPOINTS} known endpoints and the API down", "ms"),
     "status_ms": ("`ngrokd status`", "ms"),
     "memory_mib": ("memory, without connections", "MiB"),
@@ -95,7 +95,7 @@ def measure_known(stage: Stage, variant: Variant, rounds: int) -> dict[str, list
     with running(stage.start_daemon(variant, home)):
         _until_known(home / "hosts")
         status = [_status_ms(variant, home) for _ in range(rounds)]
-    nobody = replace(variant, settings=variant.settings | {"api.url": '"https://127.0.0.1:9"'})
+    nobody = replace(variant, settings={**variant.settings, "api.url": '"https://127.0.0.1:9"'})
     known = []
     for _ in range(rounds):
         with running(stage.start_daemon(nobody, home)) as program:
@@ -115,5 +115,5 @@ def _until_known(hosts: Path) -> None:
 def _status_ms(variant: Variant, home: Path) -> float:
     command = [variant.python, "-m", "ngrokd", "status", "--config", str(home / "config.toml")]
     started = time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True, cwd=variant.cwd)
+    subprocess.run(command, check=True, capture_output=True, cwd=variant.sources)
     return (time.perf_counter() - started) * 1e3

@@ -28,7 +28,6 @@ import trio
 from ngrokd.lab.ca import Authority
 from ngrokd.lab.control_plane import DEFAULT_KEY, ControlPlane
 
-ROOT = Path(__file__).resolve().parent.parent
 SERVICES = ("sink", "source", "echo")  # in the order of their ports
 API_PORT = 18443
 INGRESS_PORT = 18444
@@ -84,7 +83,7 @@ class Program:
         *,
         log: Path,
         env: Mapping[str, str] | None = None,
-        cwd: Path = ROOT,
+        cwd: Path | None = None,
         port: int = 0,
     ) -> None:
         started = time.perf_counter()
@@ -202,32 +201,37 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A daemon to measure: its configuration beyond the defaults, and which Python runs it.
+    """A daemon to measure: which code, and its configuration beyond the defaults.
 
     Attributes:
         name: as it stands in tables.
+        sources: a directory with `ngrokd` and `tun`; one without them runs what is installed in `python`.
         python: the interpreter.
         settings: "section.key" to a TOML value.
     """
 
-    name: str = DAEMON
+    name: str
+    sources: Path
     python: str = sys.executable
-    settings: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def cwd(self) -> Path:
-        """The repository, so that its own sources run; elsewhere an interpreter runs what is installed in it."""
-        return ROOT if self.python == sys.executable else Path("/")
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class Stage:
-    """Everything that is up; see `open_stage`."""
+    """Everything that is up; see `open_stage`.
+
+    Attributes:
+        directory: for files.
+        program: the compiled half of the benchmark.
+        ca: who signs everybody.
+        ingress: address of the ingress, where the services are too.
+        count: of daemons so far.
+    """
 
     directory: Path
     program: Path
     ca: Authority
-    ingress: str  # where the services are
+    ingress: str
     count: int = 0
 
     def log(self, name: str) -> Path:
@@ -295,12 +299,12 @@ class Stage:
             "http.listen": '""',
         }
         config = home / "config.toml"
-        config.write_text(to_toml(settings | variant.settings))
+        config.write_text(to_toml(settings | dict(variant.settings)))
         return Program(
             [variant.python, "-m", "ngrokd", "run", "--config", config],
             log=self.log(home.name),
             env={"NGROK_API_KEY": DEFAULT_KEY},
-            cwd=variant.cwd,
+            cwd=variant.sources,
         )
 
     def hold(self, address: str, connections: int) -> Held:

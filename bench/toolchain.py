@@ -33,6 +33,7 @@ def go_environment() -> dict[str, str]:
         "GOCACHE": str(ENVIRONMENT / "go-cache"),
         "GOENV": "off",
         "GOFLAGS": "-mod=mod",
+        "GOPATH": str(ENVIRONMENT / "go-path"),
         "GOPROXY": "off",
         "GOTELEMETRY": "off",
         "GOTOOLCHAIN": "local",
@@ -41,15 +42,32 @@ def go_environment() -> dict[str, str]:
 
 
 def build(directory: Path) -> Path:
-    """Compile bench/go into `directory` and return the program."""
-    program = directory / "bench"
-    subprocess.run(
-        [go_command(), "build", "-trimpath", "-buildvcs=false", "-o", program, "."],
-        cwd=SOURCES,
-        env=go_environment(),
-        check=True,
-    )
-    return program
+    """Compile bench/go below `directory` and return the program.
+
+    The repository's owner does it, even when root benchmarks: what root left in the build cache, nobody else could
+    remove or replace.
+    """
+    target = directory / "built"
+    target.mkdir()
+    give_to_owner(target)
+    owner = os.stat(ROOT)
+    directory.chmod(0o711)
+    command = [go_command(), "build", "-trimpath", "-buildvcs=false", "-o", str(target / "bench"), "."]
+    if os.geteuid() == 0 != owner.st_uid:
+        subprocess.run(
+            command, cwd=SOURCES, env=go_environment(), check=True,
+            user=owner.st_uid, group=owner.st_gid, extra_groups=[],
+        )  # fmt: skip
+    else:
+        subprocess.run(command, cwd=SOURCES, env=go_environment(), check=True)
+    return target / "bench"
+
+
+def give_to_owner(path: Path) -> None:
+    """Give a file that root made to whom the repository belongs."""
+    if os.geteuid() == 0:
+        owner = os.stat(ROOT)
+        os.chown(path, owner.st_uid, owner.st_gid)
 
 
 def go_version() -> str:
