@@ -74,7 +74,7 @@ def test_old_acks_in_time_wait_are_no_conversation(play: Play) -> None:
 
 
 def test_answers_to_probes_are_no_conversation(play: Play) -> None:
-    """A closed window makes each ACK from one byte before ours a probe; a peer that answers answers went on for ever."""
+    """A closed window makes each ACK from one byte before ours a probe; a peer answering answers went on for ever."""
     play(
         """
         app > P. 1:4097(4096) ack 1
