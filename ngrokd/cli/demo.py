@@ -233,15 +233,16 @@ class _Demo:
         import trio
 
         prefix = f"sudo nsenter --target {os.getpid()} --net --mount " if self._isolated else ""
-        program = Path(sys.argv[0]).name if sys.argv else "ngrokd"
+        ask = prefix or ("sudo " if "SUDO_UID" in os.environ else "")  # the daemon is root's, and so is its socket
+        program = _as_typed(sys.argv[0] if sys.argv else "", os.environ)
         self._say(f"""
 Everything runs. In another terminal, try:
 
     {prefix}curl http://hello.demo/
     {prefix}curl -s http://hello.demo/bytes/1000000000 -o /dev/null -w '%{{speed_download}}\\n'
     {prefix}python3 -c 'import socket; print(socket.create_connection(("banner.demo", 25)).recv(99))'
-    {prefix}{program} --config {self._directory}/config.toml status
-    {prefix}{program} --config {self._directory}/config.toml list
+    {ask}{program} --config {self._directory}/config.toml status
+    {ask}{program} --config {self._directory}/config.toml list
 
 The daemon's log is {self._log}.  ^C ends it and undoes everything.
 """)
@@ -340,6 +341,20 @@ def _settings(subnet: str) -> dict[str, dict[str, object]]:
         "net": {"interface": INTERFACE, "subnet": subnet, "drain": "1s"},
         "http": {"listen": f"127.0.0.1:{port}"},
     }
+
+
+def _as_typed(program: str, environment: Mapping[str, str]) -> str:
+    """How a person calls this program again: by its name where a shell finds it so, else by its path.
+
+    Args:
+        program: sys.argv[0].
+        environment: its PATH is where a shell looks.
+    """
+    if os.path.basename(program) == "__main__.py":
+        return f"{sys.executable} -m ngrokd"
+    name = os.path.basename(program) or "ngrokd"
+    found = shutil.which(name, path=environment.get("PATH"))
+    return name if found is not None and os.path.samefile(found, program) else os.path.abspath(program)
 
 
 def _clean_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -206,9 +206,9 @@ def _read_text(file: str, *, required: bool) -> str | None:
             raise ConfigError(f"{file}: there is no such file", remedy=_missing_remedy(file)) from None
         return None
     except StateError as error:
-        raise ConfigError(
-            str(error), remedy="it must be a regular file that this user may read, of at most 1MiB"
-        ) from None
+        if not os.access(file, os.R_OK) and os.geteuid() != 0:
+            raise ConfigError(str(error), remedy="start it with sudo, or let this user read the file") from None
+        raise ConfigError(str(error), remedy="it must be a regular file of at most 1MiB") from None
     try:
         return data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:

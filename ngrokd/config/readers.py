@@ -175,7 +175,8 @@ class Size(_Key[int]):
     def read(self, value: object) -> int:
         expected = 'a size such as "512KiB" or "256MiB"'
         if isinstance(value, int) and not isinstance(value, bool):
-            raise Wrong(expected, hint=f'did you mean "{format_size(value)}"?' if value >= 0 else "")
+            fits = self.low <= value <= self.high
+            raise Wrong(expected, hint=f'did you mean "{format_size(value)}"?' if fits else self._guess(str(value)))
         if not isinstance(value, str):
             raise Wrong(expected)
         found = _SIZE.fullmatch(value)
@@ -186,13 +187,14 @@ class Size(_Key[int]):
             raise Wrong(f"a size from {format_size(self.low)} to {format_size(self.high)}")
         return size
 
-    @staticmethod
-    def _guess(value: str) -> str:
+    def _guess(self, value: str) -> str:
+        """The size that was probably meant; one that may stand there, or none."""
         found = re.fullmatch(r"\s*([0-9]{1,12})\s*([kmg]?)i?b?\s*", value, re.ASCII | re.IGNORECASE)
         if not found:
             return ""
-        unit = {"k": "KiB", "m": "MiB", "g": "GiB", "": "B"}[found[2].lower()]
-        return f'did you mean "{found[1]}{unit}"?'
+        units = {"k": ("KiB",), "m": ("MiB",), "g": ("GiB",), "": ("B", "KiB", "MiB", "GiB")}[found[2].lower()]
+        fits = [unit for unit in units if self.low <= int(found[1]) * _SIZE_UNITS[unit] <= self.high]
+        return f'did you mean "{found[1]}{fits[0]}"?' if fits else ""
 
     def show(self, value: int) -> object:
         return format_size(value)
@@ -249,7 +251,9 @@ class Path(_Key[str]):
         path = _text(value, expected)
         if not path and self.optional:
             return ""
-        if not path.startswith("/") or ".." in path.split("/"):
+        if not path.startswith("/"):
+            raise Wrong(expected)
+        if ".." in path.split("/"):
             raise Wrong(expected + ' without ".."')
         limit = MAX_SOCKET_PATH_BYTES if self.socket else MAX_PATH_BYTES
         if len(os.fsencode(path)) > limit:
@@ -323,6 +327,11 @@ class Subnet(_Key[str]):
     def read(self, value: object) -> str:
         expected = 'an IPv4 network such as "10.107.0.0/16"'
         text = _text(value, expected)
+        if "/" not in text and _is_ip(text):  # its zeros at the end tell how large a network was meant
+            address = ipaddress.ip_address(text).packed
+            prefix = 8 * len(address.rstrip(b"\0"))
+            hint = f'did you mean "{text}/{prefix}"?' if len(address) == 4 and 8 <= prefix < 32 else ""
+            raise Wrong(expected, hint=hint)
         network = _network(text, expected, versions=(4,))
         if not 8 <= network.prefixlen <= 30:
             raise Wrong("an IPv4 network from /8 to /30")

@@ -6,6 +6,8 @@ import os
 import re
 import stat
 import string
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -193,8 +195,13 @@ def test_origins_say_where_a_value_was_written() -> None:
         ("[limits]\nbuffer = 524288", 'a size such as "512KiB" or "256MiB", got 524288 (did you mean "512KiB"?)'),
         ('[limits]\nbuffer = "512kb"', '(did you mean "512KiB"?)'),
         ('[limits]\nbuffer = "1KiB"', "expected a size from 64KiB to 64MiB"),
+        ('[limits]\nbuffer = "512"', 'got "512" (did you mean "512KiB"?)'),
+        ("[limits]\nbuffer = 512", 'got 512 (did you mean "512KiB"?)'),
+        ('[limits]\nbuffer = "99GB"', 'expected a size from 64KiB to 64MiB'),
         ('[net]\nsubnet = "10.107.0.1/16"', 'got "10.107.0.1/16" (did you mean "10.107.0.0/16"?)'),
-        ('[net]\nsubnet = "10.107.0.0"', 'expected an IPv4 network such as "10.107.0.0/16"'),
+        ('[net]\nsubnet = "10.107.0.0"', 'got "10.107.0.0" (did you mean "10.107.0.0/16"?)'),
+        ('[net]\nsubnet = "192.168.7.0"', '(did you mean "192.168.7.0/24"?)'),
+        ('[net]\nsubnet = "10.1.2.3"', 'expected an IPv4 network such as "10.107.0.0/16", got "10.1.2.3"'),
         ('[net]\nsubnet = "10.107.0.0/31"', "expected an IPv4 network from /8 to /30"),
         ('[net]\nsubnet = "127.0.0.0/8"', "not a loopback, link-local or multicast one"),
         ('[net]\nsubnet = "fd00::/64"', "expected an IPv4 network"),
@@ -215,7 +222,7 @@ def test_origins_say_where_a_value_was_written() -> None:
         ('[ingress]\naddress = "2001:db8::1"', "(an IPv6 address stands in brackets: [2001:db8::1]:443)"),
         ('[ingress]\naddress = "1.2.3"', "(not an IP address)"),
         ('[ingress]\nca_fingerprints = ["abc"]', "expected a list of SHA-256 fingerprints"),
-        ('[state]\ndirectory = "relative"', 'expected an absolute path without "..", got "relative"'),
+        ('[state]\ndirectory = "relative"', 'expected an absolute path, got "relative"'),
         ('[state]\ndirectory = "/etc/../x"', 'expected an absolute path without ".."'),
         ('[state]\ndirectory = "/"', "expected an absolute path below /"),
         ('[state]\ndirectory = "/a\\u0000b"', "of printable characters"),
@@ -344,6 +351,19 @@ def test_a_missing_file_that_was_asked_for_is_an_error(tmp_path: Path, by_variab
 
     with pytest.raises(ConfigError, match="there is no such file"):
         config.load(None if by_variable else file, {"NGROKD_CONFIG": file} if by_variable else {})
+
+
+def test_who_may_not_read_the_file_is_told_to_use_sudo(tmp_path: Path) -> None:
+    """The state directory is root's, and the configuration in it; `ngrokd run` without sudo is the commonest mistake."""
+    file = tmp_path / "root.toml"
+    file.write_text("")
+    file.chmod(0)
+    become_somebody = "import os; from ngrokd import config; from ngrokd.errors import ConfigError; os.geteuid() or os.setuid(65534)\n"
+    load = f"try: config.load({str(file)!r}, {{}})\nexcept ConfigError as error: print(error.remedy)"
+
+    said = subprocess.run([sys.executable, "-c", become_somebody + load], capture_output=True, text=True, check=True)
+
+    assert said.stdout == "start it with sudo, or let this user read the file\n", said.stderr
 
 
 def test_the_file_of_the_option_goes_before_the_variable(tmp_path: Path) -> None:

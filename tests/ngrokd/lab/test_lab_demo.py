@@ -106,3 +106,14 @@ def test_the_demo_runs_until_it_is_interrupted(tmp_path: Path) -> None:
     assert "ok      everything undone" in rest
     assert process.returncode == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_its_commands_can_be_typed_as_they_are_shown(tmp_path: Path) -> None:
+    """By name where a shell finds them by name, else by path: from a checkout the program is on nobody's PATH."""
+    program = tmp_path / "ngrokd"
+    program.write_text("")
+    program.chmod(0o755)
+
+    assert demo._as_typed(str(program), {"PATH": str(tmp_path)}) == "ngrokd"
+    assert demo._as_typed(str(program), {"PATH": "/nowhere"}) == str(program)
+    assert demo._as_typed("/x/ngrokd/__main__.py", {}) == f"{sys.executable} -m ngrokd"
