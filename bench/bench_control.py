@@ -77,8 +77,8 @@ def circumstances() -> str:
     return (
         f"{processor[0] if processor else platform.machine()}, {os.cpu_count()} cores; Linux {platform.release()}; "
         f"{software}. Commit {commit}, load average before: {os.getloadavg()[0]:.1f}. Command: "
-        "`bench/bench_control.py`. Times are those of one run, or the median where several are named; memory is resident "
-        "memory, the interpreter's files included."
+        "`bench/bench_control.py`. Times are those of one run, or the median where several are named; memory is "
+        "resident memory, the interpreter's files included."
     )
 
 
