@@ -82,6 +82,14 @@ class NetSettings(Struct, frozen=True, kw_only=True):
     drain_s: Annotated[float, Duration(low=0.0, high=3600.0, live=True)] = field(name="drain", default=3.0)
 
 
+class PoolSettings(Struct, frozen=True, kw_only=True):
+    """[pool]: connections to the ingress that are ready before somebody needs them."""
+
+    max: Annotated[int, Count(low=0, high=10_000)] = 128
+    max_age_s: Annotated[float, Duration(low=1.0, high=86400.0)] = field(name="max_age", default=300.0)
+    idle: Annotated[int, Count(low=0, high=10_000)] = 2
+
+
 class LimitSettings(Struct, frozen=True, kw_only=True):
     """[limits]: what one machine's apps, or a stranger, may cost us."""
 
@@ -134,6 +142,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     ingress: IngressSettings = IngressSettings()
     state: StateSettings = StateSettings()
     net: NetSettings = NetSettings()
+    pool: PoolSettings = PoolSettings()
     limits: LimitSettings = LimitSettings()
     hosts: HostsSettings = HostsSettings()
     control: ControlSettings = ControlSettings()

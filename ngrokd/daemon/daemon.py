@@ -62,6 +62,7 @@ from ngrokd.ops.notify import Notifier
 from ngrokd.ops.peers import Peer
 from ngrokd.ops.web import EndpointHealth, Health, HttpListener, WebServer, format_time, status_document
 from ngrokd.relay.handler import FlowEvent
+from ngrokd.relay.stock import PoolSettings
 from ngrokd.relay.transport import Transport
 from tun import Device, StackSettings
 
@@ -269,6 +270,7 @@ class Daemon:
                 connect_timeout_s=settings.ingress.connect_timeout_s,
                 dials=limits.dials,
                 refused_networks=(settings.net.subnet,),
+                pool=PoolSettings(settings.pool.max, settings.pool.max_age_s, settings.pool.idle),
                 strict=self._strict,
             ),
             machine.dial,
@@ -713,6 +715,7 @@ class Daemon:
             "without_address": list(known.desired.without_address),
             "from_last_known": known.from_last_known,
             "flows": self.plane.flow_count,
+            "pool": self.plane.ingress.describe_pool(),
             "counters": self.plane.counters(),
         }
 

@@ -119,6 +119,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
             "configure": True,
             "drain": "3s",
         },
+        "pool": {"max": 128, "max_age": "5m", "idle": 2},
         "limits": {
             "flows": 24000,
             "half_open": 1024,
