@@ -355,11 +355,12 @@ def test_a_missing_file_that_was_asked_for_is_an_error(tmp_path: Path, by_variab
 
 
 def test_who_may_not_read_the_file_is_told_to_use_sudo(tmp_path: Path) -> None:
-    """The state directory is root's, and the configuration in it; `ngrokd run` without sudo is the commonest mistake."""
+    """The configuration lies in root's directory, and `ngrokd run` without sudo is the commonest mistake."""
     file = tmp_path / "root.toml"
     file.write_text("")
     file.chmod(0)
-    become_somebody = "import os; from ngrokd import config; from ngrokd.errors import ConfigError; os.geteuid() or os.setuid(65534)\n"
+    imports = "import os; from ngrokd import config; from ngrokd.errors import ConfigError\n"
+    become_somebody = f"{imports}if os.geteuid() == 0: os.setuid(65534)\n"
     load = f"try: config.load({str(file)!r}, {{}})\nexcept ConfigError as error: print(error.remedy)"
 
     said = subprocess.run([sys.executable, "-c", become_somebody + load], capture_output=True, text=True, check=True)
