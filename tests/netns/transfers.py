@@ -208,8 +208,14 @@ class Run:
                 client.setsockopt(socket.IPPROTO_TCP, option, value)
             await client.bind(("10.107.0.1", 0))
             self._by_port[client.getsockname()[1]] = transfer, at_us
-            await client.connect(ENDPOINT)
-            await _app(client, transfer, at_app)
+            try:
+                await client.connect(ENDPOINT)
+            except ConnectionRefusedError:
+                at_app.ended = "reset"  # the SYN-ACK was lost, and our reset was the first that the app saw
+            except OSError as error:
+                return f"could not connect: {error}"
+            else:
+                await _app(client, transfer, at_app)
         if transfer.ending == "app resets":
             at_app.ended = "reset"
         await done.wait()
