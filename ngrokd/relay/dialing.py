@@ -6,7 +6,7 @@ networks are refused, because a connection to them would come back to us as a fl
 
 A failure is a verdict or a passing one. When every address has refused, nobody listens there, and the app shall hear
 that now, as it would from the ingress itself. A reset, a route that is missing, a port or a descriptor that is not to
-be had may be otherwise in a moment, so these are worth another try (docs/adr/0011-verdicts-and-second-tries.md).
+be had may be otherwise in a moment, so these are worth another try (docs/adr/0021-verdicts-and-second-tries.md).
 """
 
 from __future__ import annotations
