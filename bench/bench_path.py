@@ -6,6 +6,7 @@ Everything runs in private network namespaces (see stage.py). The real daemon an
 processes of their own, on the same ingress and under the same load programs, which are compiled (bench/go):
 
     forwarder   a small forwarder in Go: kernel listener, one TLS dial per connection, header, two copies
+    resuming    the same with TLS session tickets (only when asked for)
     haproxy     TCP in, TLS with a client certificate out (without the binding header, on a port of its own)
     direct      no proxy and no TLS: what the kernel itself can do
 
@@ -55,7 +56,8 @@ from bench.stage import (  # noqa: E402
 )
 from bench.toolchain import build  # noqa: E402
 
-WAYS = (DAEMON, "forwarder", "haproxy", "direct")
+WAYS = (DAEMON, "forwarder", "resuming", "haproxy", "direct")
+USUAL_WAYS = (DAEMON, "forwarder", "haproxy", "direct")
 REST = "rest"
 
 
@@ -121,10 +123,15 @@ def open_ways(stage: Stage, names: Sequence[str], variants: Sequence[Variant]) -
                 ways += [stack.enter_context(stage.daemon(variant)) for variant in variants]
             elif name == "forwarder":
                 ways.append(stack.enter_context(stage.forwarder()))
+            elif name == "resuming":
+                ways.append(stack.enter_context(stage.forwarder(resume=True)))
             elif name == "haproxy" and haproxy_version():
                 ways.append(stack.enter_context(stage.haproxy()))
             elif name == "direct":
                 ways.append(stage.direct())
+        for way in ways:
+            if way.program:
+                print(f"  {way.name} is process {way.program.pid}", file=sys.stderr)
         yield ways
 
 
@@ -166,6 +173,8 @@ def measure_at_rest(
             ways |= {variant.name: functools.partial(stage.daemon, variant) for variant in variants}
         if "forwarder" in names:
             ways["forwarder"] = stage.forwarder
+        if "resuming" in names:
+            ways["resuming"] = functools.partial(stage.forwarder, resume=True)
         if "haproxy" in names and haproxy_version():
             ways["haproxy"] = stage.haproxy
         figures = measure_rest(stage, ways, rounds, connections)
@@ -178,7 +187,7 @@ def measure_at_rest(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default=",".join((*CASES, REST)), help="default: all")
-    parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--ways", default=",".join(USUAL_WAYS))
     parser.add_argument("--seconds", type=float, default=2.0, help="length of one measurement")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--connections", type=int, default=IDLE_CONNECTIONS, help="idle ones, in `rest`")

@@ -13,7 +13,7 @@ BAR, GAP, TITLE, MARGIN = 14, 5, 24, 12
 
 # Colors of bars: ours, then peers. The page's own colors are unknown, so the background stays transparent.
 STYLE = """
-text{font:13px system-ui,sans-serif;fill:#1f2328}.t{font-weight:600}.n{fill:#59636e}
+text{font:13px system-ui,sans-serif;fill:#1f2328}.t{font-weight:600}.n{fill:#59636e;font-weight:400}
 .b0{fill:#0969da}.b1{fill:#8250df}.b2{fill:#8c959f}.b3{fill:#afb8c1}.b4{fill:#d0d7de}
 @media(prefers-color-scheme:dark){text{fill:#f0f6fc}.n{fill:#9198a1}
 .b0{fill:#4493f8}.b1{fill:#ab7df8}.b2{fill:#9198a1}.b3{fill:#656c76}.b4{fill:#3d444d}}

@@ -12,7 +12,7 @@ import platform
 import ssl
 import statistics
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ CHARTS = BENCH / "charts"
 PART = "path"
 REFERENCE = "forwarder"
 LIMIT = "direct"
+PEERS = (REFERENCE, "resuming", "haproxy", LIMIT)
 
 HONEST_CONNECT = """connect(), one byte there and back, close. The forwarder and haproxy accept at once, whether or not
 the endpoint can be reached; the daemon accepts when the ingress has."""
@@ -63,7 +64,7 @@ is ahead. CPU is the proxy's own, user and system.
 
 def table(results: Results) -> Iterator[str]:
     """One line for each case and way."""
-    yield f"{'case':<38}{'way':<12}{'median':>10} {'unit':<7}{'ratio':>6}{'p99 ms':>9}{'connect':>9}{'failed':>7}  cpu"
+    yield f"{'case':<42}{'way':<12}{'median':>10} {'unit':<7}{'ratio':>6}{'p99 ms':>9}{'connect':>9}{'failed':>7}  cpu"
     for name, ways in results.items():
         case = CASES[name]
         label = ("50 ms away: " if case.far else "") + case.title
@@ -75,9 +76,9 @@ def table(results: Results) -> Iterator[str]:
             spent, unit = cost(values)
             cpu = "" if way == LIMIT else f"{spent:.3g} {unit}"
             shown = f"{figure:>10.2f} {case.unit:<7}{share:>6}{p99:>9}{connect:>9}{failures(values):>7}  {cpu}"
-            yield f"{label:<38}{way:<12}{shown}"
+            yield f"{label:<42}{way:<12}{shown}"
             label = ""
-            yield from (f"{'':<38}{value.get('failure', '')}" for value in values if value["failures"])
+            yield from (f"{'':<42}{value.get('failure', '')}" for value in values if value["failures"])
 
 
 def _or_blank(value: float) -> str:
@@ -209,6 +210,13 @@ def _tell_run(run: Mapping[str, Any]) -> str:
     )
 
 
+def _in_order(ways: Iterable[str]) -> list[str]:
+    """Each once: the daemon, its variants, its peers."""
+    return sorted(
+        dict.fromkeys(ways), key=lambda way: -1 if way == DAEMON else PEERS.index(way) + 1 if way in PEERS else 0
+    )
+
+
 def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -220,15 +228,15 @@ def _number(value: float) -> str:
 
 
 def case_markdown(results: Results) -> list[str]:
-    ways = list(dict.fromkeys(way for of in results.values() for way in of))
-    lines = [_row(["case", "unit", *ways, f"{DAEMON} : {REFERENCE}", "goal"])]
-    lines.append("|---|---" + "|--:" * (len(ways) + 2) + "|")
+    ways = _in_order(way for of in results.values() for way in of)
+    ours = [way for way in ways if way not in PEERS]
+    lines = [_row(["case", "unit", *ways, *(f"{way} : {REFERENCE}" for way in ours), "goal"])]
+    lines.append("|---|---" + "|--:" * (len(ways) + len(ours) + 1) + "|")
     for name, of in results.items():
         case = CASES[name]
         cells = [_number(median(of[way], case.figure) / case.scale) if way in of else "" for way in ways]
-        lines.append(
-            _row([case.title, case.unit, *cells, _told_ratio(case, of), f"{case.goal:g}" if case.goal else ""])
-        )
+        cells += [_told_ratio(case, of, way) for way in ours]
+        lines.append(_row([case.title, case.unit, *cells, f"{case.goal:g}" if case.goal else ""]))
     proxies = [way for way in ways if way != LIMIT]
     lines += ["", _row(["and", "unit", *ways]), "|---|---" + "|--:" * len(ways) + "|"]
     for name, of in results.items():
@@ -253,15 +261,15 @@ def case_markdown(results: Results) -> list[str]:
     return lines
 
 
-def _told_ratio(case: Case, of: Mapping[str, list[dict[str, Any]]]) -> str:
-    if DAEMON not in of or REFERENCE not in of:
+def _told_ratio(case: Case, of: Mapping[str, list[dict[str, Any]]], way: str) -> str:
+    if way not in of or REFERENCE not in of:
         return ""
-    found = ratios(case, of[DAEMON], of[REFERENCE])
+    found = ratios(case, of[way], of[REFERENCE])
     return f"**{statistics.median(found):.2f}** ({min(found):.2f}-{max(found):.2f})" if found else ""
 
 
 def rest_markdown(figures: Figures) -> list[str]:
-    ways = list(dict.fromkeys(way for of in figures.values() for way in of))
+    ways = _in_order(way for of in figures.values() for way in of)
     lines = [_row(["", "unit", *ways]), "|---|---" + "|--:" * len(ways) + "|"]
     for figure, of in figures.items():
         title, unit = FIGURES[figure]
@@ -295,5 +303,5 @@ def rest_groups(figures: Figures) -> list[Group]:
 
 
 def _bars(values: Mapping[str, float], unit: str) -> list[Bar]:
-    colors = {DAEMON: 0, REFERENCE: 2, "haproxy": 3}
+    colors = {DAEMON: 0, REFERENCE: 2, "resuming": 4, "haproxy": 3}
     return [Bar(way, value, f"{_number(value)} {unit}", colors.get(way, 1)) for way, value in values.items()]

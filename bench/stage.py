@@ -35,6 +35,7 @@ BARE_PORT = 18450  # the ingress without its header: one port for each service
 PLAIN_PORT = 18460  # the services themselves
 FORWARDER_PORT = 18470
 HAPROXY_PORT = 18480
+RESUMING_PORT = 18490
 NEAR, FAR = "192.0.2.1", "192.0.2.2"  # the ends of the long line
 PATIENCE_S = 20.0
 DAEMON = "ngrokd"  # the way that all others are compared with
@@ -242,12 +243,13 @@ class Stage:
 
     @contextlib.contextmanager
     def forwarder(self, *, resume: bool = False) -> Iterator[Way]:
-        """The reference: a small forwarder in Go."""
-        arguments: list[object] = [self.program, "forward", "-port", FORWARDER_PORT]
+        """The reference: a small forwarder in Go. `resume`: one that keeps session tickets, which few do."""
+        name, port = ("resuming", RESUMING_PORT) if resume else ("forwarder", FORWARDER_PORT)
+        arguments: list[object] = [self.program, "forward", "-port", port]
         arguments += ["-ingress", f"{self.ingress}:{INGRESS_PORT}", f"-resume={str(resume).lower()}"]
         arguments += ["-certificate", self.directory / "client.pem", "-ca", self.directory / "ca.pem"]
-        with running(Program(arguments, log=self.log("forwarder"))) as program:
-            yield Way("forwarder", _ports("127.0.0.1", FORWARDER_PORT), program)
+        with running(Program(arguments, log=self.log(name))) as program:
+            yield Way(name, _ports("127.0.0.1", port), program)
 
     @contextlib.contextmanager
     def haproxy(self) -> Iterator[Way]:
@@ -409,7 +411,20 @@ def open_stage(directory: Path, program: Path, *, delay_ms: float = 0.0, endpoin
 @contextlib.contextmanager
 def long_line(stage: Stage, far: int, delay_ms: float) -> Iterator[None]:
     """Connect our network with that of process `far`; every packet takes `delay_ms` each way."""
-    arguments = [stage.program, "link", "-near", "near0", "-far", "far0", "-delay", f"{delay_ms}ms"]
+    # A real line does not wait for a processor.
+    arguments = [
+        "nice",
+        "-n",
+        "-15",
+        stage.program,
+        "link",
+        "-near",
+        "near0",
+        "-far",
+        "far0",
+        "-delay",
+        f"{delay_ms}ms",
+    ]
     with running(Program(arguments, log=stage.log("link"))):
         inside = ["nsenter", f"--net=/proc/{far}/ns/net"]
         subprocess.run(["ip", "link", "set", "far0", "netns", str(far)], check=True)
