@@ -125,9 +125,14 @@ async def test_both_versions_of_tls_carry_a_flow(version: ssl.TLSVersion) -> Non
     async with opened() as world:
         world.ingress.set_tls(version, version)
         stream, _ = await world.open()
-        await stream.send_all(b"x" * 300_000)
-        await stream.send_eof()
-        assert await read_all(stream) == b"x" * 300_000
+
+        async def send() -> None:
+            await stream.send_all(b"x" * 300_000)
+            await stream.send_eof()
+
+        async with trio.open_nursery() as nursery:  # an echo stops listening to whom does not listen to it
+            nursery.start_soon(send)
+            assert await read_all(stream) == b"x" * 300_000
         await stream.aclose()
         assert await world.ended() == "done"
 
