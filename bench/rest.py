@@ -66,8 +66,8 @@ def _hold(stage: Stage, way: Way, connections: int) -> dict[str, float]:
     before = way.memory_bytes()
     held = stage.hold(way.addresses["echo"], connections)
     time.sleep(SETTLE_S)
-    grown = way.memory_bytes() - before
     percent = _percent(way)
+    grown = way.memory_bytes() - before  # by now they have been idle for a while
     result = held.release()
     return {
         "flow_kib": grown / 1024 / max(1, held.count),
