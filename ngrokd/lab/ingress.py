@@ -14,6 +14,7 @@ switched off, and the dates are compared with the injected wall clock instead.
 
 from __future__ import annotations
 
+import math
 import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -145,6 +146,7 @@ class Ingress:
         connection_count: all there ever were.
         handshake_count: of them, those whose handshake was completed.
         resumption: False forgets every session at once: each handshake is a full one.
+        patience_s: how long a connection may wait between the handshake and its header; then it is ended in good order.
     """
 
     def __init__(
@@ -157,6 +159,7 @@ class Ingress:
         self._versions = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3)
         self._tickets = 2
         self.resumption = True
+        self.patience_s = math.inf
         self._context: ssl.SSLContext | None = None
         self._server_names: WeakKeyDictionary[object, str | None] = WeakKeyDictionary()
         self.routes: dict[tuple[str, int], Route] = {}
@@ -315,9 +318,13 @@ class Ingress:
     async def _after_tls(self, stream: TlsStream, record: Connection, scripted: Toxics | None) -> None:
         reader = RequestReader()
         while record.request is None:
-            view = await stream.receive_view()
+            view = memoryview(b"")
+            with trio.move_on_after(self.patience_s) as patience:
+                view = await stream.receive_view()
             if not view:
                 await stream.aclose()
+                if patience.cancelled_caught:
+                    raise _Ended("no header in time")
                 raise _Ended("done")  # an idle connection was put away, or its client changed its mind
             record.after_handshake += len(view)
             record.request = reader.feed(view)

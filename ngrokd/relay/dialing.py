@@ -197,4 +197,4 @@ class _Race:
             transport.abort()
 
 
-__all__ = ["CHECK_OUTBOUND", "Addresses", "Dial", "MayPass"]
+__all__ = ["CHECK_OUTBOUND", "Addresses", "MayPass"]

@@ -82,7 +82,7 @@ class Stock:
         self._lead_s = math.nan
         self._demand = 0.0
         self._demand_at = -math.inf
-        self._window_begins = -math.inf
+        self._window_ends = -math.inf
         self._most = self._most_before = 0.0
         self._use = 0.0  # requests a second, slowly averaged
         self._use_at = -math.inf
@@ -168,7 +168,7 @@ class Stock:
 
     def target(self, now: float) -> int:
         """How many connections should be ready or on order."""
-        if now - self._last_request >= FORGET_S:
+        if now >= self._last_request + FORGET_S:
             return 0
         wanted = max(self._settings.idle, math.ceil(self._peak(now) * MARGIN))
         limit = self.idle_limit_s(now)
@@ -209,15 +209,17 @@ class Stock:
 
     def _roll(self, now: float) -> None:
         """Begin another window where one is over."""
-        windows = (now - self._window_begins) // WINDOW_S
-        if windows < 1:
+        if now < self._window_ends:
             return
-        if math.isinf(windows):
-            self._window_begins = now
+        if math.isinf(self._window_ends):  # the first one begins now
+            self._window_ends = now + WINDOW_S
             return
-        self._most_before = max(self._most, self._most_before / 2.0) * 0.5 ** min(windows - 1, 100.0)
+        windows = 1 + int((now - self._window_ends) // WINDOW_S)
+        self._most_before = max(self._most, self._most_before / 2.0) * 0.5 ** min(windows - 1, 100)
         self._most = 0.0
-        self._window_begins += windows * WINDOW_S
+        self._window_ends += windows * WINDOW_S
+        if self._window_ends <= now:  # rounded
+            self._window_ends += WINDOW_S
 
     def _peak(self, now: float) -> float:
         self._roll(now)
@@ -229,7 +231,7 @@ class Stock:
         forgotten = self._last_request + FORGET_S
         if target <= self._settings.idle:
             return forgotten
-        return min(forgotten, self._window_begins + WINDOW_S)
+        return min(forgotten, self._window_ends)
 
     def _unlearn(self, now: float) -> None:
         if now >= self._unlearn_at:
