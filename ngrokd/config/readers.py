@@ -135,7 +135,7 @@ class Duration(_Key[float]):
     def read(self, value: object) -> float:
         expected = 'a duration such as "30s", "5m" or "1h30m"'
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            raise Wrong(expected, hint=f'did you mean "{value}s"?')
+            raise Wrong(expected, hint=f'did you mean "{value}s"?' if 0 <= value < 10**9 else "")
         if not isinstance(value, str):
             raise Wrong(expected)
         try:
@@ -176,7 +176,9 @@ class Size(_Key[int]):
         expected = 'a size such as "512KiB" or "256MiB"'
         if isinstance(value, int) and not isinstance(value, bool):
             fits = self.low <= value <= self.high
-            raise Wrong(expected, hint=f'did you mean "{format_size(value)}"?' if fits else self._guess(str(value)))
+            # Python refuses to write integers of thousands of digits, which hexadecimal ones can have.
+            guess = self._guess(str(value)) if 0 <= value < 10**12 else ""
+            raise Wrong(expected, hint=f'did you mean "{format_size(value)}"?' if fits else guess)
         if not isinstance(value, str):
             raise Wrong(expected)
         found = _SIZE.fullmatch(value)
