@@ -149,6 +149,11 @@ class AppPeer:
                 self._emit(self._max, ACK, now)
         return data
 
+    def keep_alive(self, now: float) -> None:
+        """Ask a silent other side whether it is still there, as SO_KEEPALIVE does."""
+        if self.state == "connected":
+            self._emit(self._una - 1, ACK, now)
+
     @property
     def unacknowledged(self) -> int:
         """Bytes written that the other side has not acknowledged."""
