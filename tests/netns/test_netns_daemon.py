@@ -81,14 +81,14 @@ time.sleep(60)
 READ_ALL_CLIENT = """
 import errno, socket, sys
 received = 0
-with socket.create_connection((sys.argv[1], int(sys.argv[2])), 10) as s:
-    s.settimeout(10)
-    try:
+try:  # a reset may be there before connect() has come back
+    with socket.create_connection((sys.argv[1], int(sys.argv[2])), 10) as s:
+        s.settimeout(10)
         while part := s.recv(65536):
             received += len(part)
         print("eof", received)
-    except OSError as error:
-        print(errno.errorcode.get(error.errno, error), received)
+except OSError as error:
+    print(errno.errorcode.get(error.errno, error), received)
 """
 
 
