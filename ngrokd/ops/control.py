@@ -16,7 +16,6 @@ start at once exactly one gets the path, and a file is only ever removed when it
 
 from __future__ import annotations
 
-import errno
 import grp
 import json
 import logging
@@ -37,6 +36,7 @@ from ngrokd import files
 from ngrokd.endpoints import printable
 from ngrokd.errors import Exit, NgrokdError, PermissionMissingError, StateError, TakenError
 from ngrokd.metrics import Counters
+from ngrokd.ops.accepting import accept
 from ngrokd.ops.answers import json_pieces
 from ngrokd.ops.peers import Peer, peer_of, process_name
 
@@ -251,14 +251,7 @@ class ControlServer:
         async with trio.open_nursery() as clients:  # a client's error is handled within its task
             task_status.started()
             while True:
-                try:
-                    connection, _ = await control.listener.accept()
-                except OSError as error:
-                    if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED):
-                        raise
-                    log.warning("control socket: cannot accept a client: %s", error.strerror)
-                    await trio.sleep(0.1)  # trio.serve_listeners waits as long for descriptors to come back
-                    continue
+                connection = await accept(control.listener, "control socket")
                 clients.start_soon(self._serve_connection, connection, control.gid)
 
     async def _serve_connection(self, connection: trio.socket.SocketType, gid: int) -> None:

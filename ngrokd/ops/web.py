@@ -31,6 +31,7 @@ from ngrokd import http1
 from ngrokd.config import split_address
 from ngrokd.errors import Exit, NgrokdError, PermissionMissingError, TakenError
 from ngrokd.metrics import Counters
+from ngrokd.ops.accepting import accept
 from ngrokd.ops.answers import Members, json_pieces
 from ngrokd.ops.peers import port_owner
 
@@ -213,14 +214,7 @@ class WebServer:
         async with trio.open_nursery() as clients:  # a client's error is handled within its task
             task_status.started()
             while True:
-                try:
-                    connection, _ = await listener.socket.accept()
-                except OSError as error:
-                    if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED):
-                        raise
-                    log.warning("health checks: cannot accept a client: %s", error.strerror)
-                    await trio.sleep(0.1)
-                    continue
+                connection = await accept(listener.socket, "health checks")
                 if self._connections >= CONNECTIONS:
                     self.counters.add("turned_away")
                     connection.close()
