@@ -6,6 +6,7 @@ The limits stand for a machine of two cores that does other things besides, so t
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -24,6 +25,9 @@ pytestmark = pytest.mark.netns
 
 ENDPOINTS = 65_000
 FIRST, LAST = "svc-00000.scale.test", "svc-64992.scale.test"
+LONGEST_WAIT_MS = 300  # 20 on a quiet machine
+START_S = 2.0  # 1.0
+STATUS_S = 0.3  # 0.05
 
 # Asks for an echo every other millisecond and says what the longest wait was, for each line of its input.
 PING_PONG = """
@@ -95,6 +99,14 @@ def longest_wait_ms(client: Running, act: Callable[[], object]) -> int:
     return int(re.findall(r"longest (\d+) ms", client.stdout)[answers + 1])
 
 
+def assert_soon(limit: float, measure: Callable[[], float]) -> None:
+    """What is measured is below the limit, in one of three goes: the machine may have been busy with other things."""
+    found: list[float] = []
+    while not found or (found[-1] >= limit and len(found) < 3):
+        found.append(measure())
+    assert found[-1] < limit, found
+
+
 def silence(play: Stage, api_url: str, ingress: str) -> str:
     """A configuration for a network in which 192.0.2.9, the name server too, never answers, but does not refuse."""
     if "silence" not in play.ns.run(["ip", "link"]).stdout:
@@ -129,20 +141,27 @@ def test_a_whole_16_bit_subnet_of_endpoints(stage: Callable[..., Stage]) -> None
 
     client = play.ns.start([sys.executable, "-u", "-c", PING_PONG])
     client.expect("connected")
-    waits = {"a poll like the last": longest_wait_ms(client, lambda: play.ngrokd("refresh"))}
-    play.lab.do("add http://new.scale.test http")
-    waits["a poll with one endpoint more"] = longest_wait_ms(client, lambda: play.ngrokd("refresh"))
-    assert "\tnew.scale.test\n" in play.hosts()
-    listed = []
-    waits["list"] = longest_wait_ms(client, lambda: listed.append(play.ngrokd("list", "--json").stdout))
-    assert len(json.loads(listed[0])["data"]) == ENDPOINTS + 1
-    waits["status over HTTP"] = longest_wait_ms(
-        client, lambda: play.ns.run(["curl", "-sS", "-o", "/run/status", "http://127.0.0.1:8081/status"])
-    )
-    assert max(waits.values()) < 500, waits
+    added = 0
+
+    def poll_one_more() -> None:
+        nonlocal added
+        play.lab.do(f"add http://new-{added}.scale.test http")
+        play.ngrokd("refresh")
+        assert f"\tnew-{added}.scale.test\n" in play.hosts()
+        added += 1
+
+    def list_all() -> None:
+        assert len(json.loads(play.ngrokd("list", "--json").stdout)["data"]) == ENDPOINTS + added
+
+    def ask_over_http() -> None:
+        play.ns.run(["curl", "-sS", "-o", "/run/status", "http://127.0.0.1:8081/status"])
+
+    for act in (lambda: play.ngrokd("refresh"), poll_one_more, list_all, ask_over_http):
+        assert_soon(LONGEST_WAIT_MS, functools.partial(longest_wait_ms, client, act))
     assert resident_kib(daemon) < 400 * 1024
 
-    play.lab.do("remove http://new.scale.test")
+    for number in range(added):
+        play.lab.do(f"remove http://new-{number}.scale.test")
     play.ngrokd("refresh")
     assert re.findall(r"^10\.107\..*$", play.hosts(), re.MULTILINE) == lines
     started = time.monotonic()
@@ -195,27 +214,28 @@ def test_a_start_into_silence_serves_what_was_known(stage: Callable[..., Stage])
     lines = re.findall(r"^10\.107\..*$", play.hosts(), re.MULTILINE)
     assert len(lines) == 100
     assert play.stop() == 0
-    took = []
     for url, ingress in (("https://192.0.2.9", "127.0.0.1:9"), ("https://api.scale.test", "ingress.scale.test:443")):
         config = silence(play, url, ingress)
 
-        started = time.monotonic()
-        play.start(config=config)
-        took.append(time.monotonic() - started)
+        def start_and_stop(config: str = config) -> float:
+            started = time.monotonic()
+            play.start(config=config)
+            took = time.monotonic() - started
+            assert re.findall(r"^10\.107\..*$", play.hosts(), re.MULTILINE) == lines
+            assert play.stop() == 0
+            return took
 
-        assert re.findall(r"^10\.107\..*$", play.hosts(), re.MULTILINE) == lines
-        assert play.stop() == 0
-    assert max(took) < 3.5, took
+        assert_soon(START_S, start_and_stop)
 
 
 def test_asking_for_the_status_is_quick(stage: Callable[..., Stage]) -> None:
     """100 ms for a person who looks, a tenth of a second for a script that waits."""
     play = stage()
     play.start()
-    took = []
-    for _ in range(5):
+
+    def ask() -> float:
         started = time.monotonic()
         play.ngrokd("status")
-        took.append(time.monotonic() - started)
+        return time.monotonic() - started
 
-    assert statistics.median(took) < 0.4, took
+    assert_soon(STATUS_S, lambda: statistics.median(ask() for _ in range(5)))
