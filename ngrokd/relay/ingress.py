@@ -379,10 +379,8 @@ class Ingress:
 
     def _collect(self, connection: Connection) -> None:
         """Keep the session of a connection, once, when there is one."""
-        if not connection.has_ticket and self._tickets.enabled:
-            connection.has_ticket = self._tickets.add(
-                connection.context, connection.host, connection.stream.ssl_object, connection.verified_at
-            )
+        if not connection.has_ticket and self._tickets.wanted(connection.context, connection.host):
+            connection.has_ticket = self._tickets.add(connection.stream.ssl_object, connection.verified_at)
 
     async def _connect(self, progress: _Progress, *, full: bool = False) -> Connection:
         """Connect, do the handshake, verify; `full` does not resume."""
@@ -489,6 +487,8 @@ class Ingress:
                 continue
             now = trio.current_time()
             resumed = ticket is not None and bool(stream.ssl_object.session_reused)
+            if ticket is not None:
+                self._tickets.note_use(ticket, resumed=resumed)
             self._note_dial(now - begun, resumed=resumed)
             verified_at = ticket.verified_at if ticket is not None and resumed else now
             return Connection(stream, context, generation, host, port, address, now, verified_at, resumed)
@@ -508,8 +508,8 @@ class Ingress:
 
     async def _take_turn(self) -> None:
         """Let one handshake at a time do its work, and the packets have theirs in between."""
-        async with self._handshaking:
-            await trio.lowlevel.checkpoint()
+        async with self._handshaking:  # getting it takes a turn of the loop, and whoever waits for it gets the next one
+            pass
 
     def _note_dial(self, seconds: float, *, resumed: bool) -> None:
         self.counts["dials"] += 1

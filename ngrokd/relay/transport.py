@@ -161,8 +161,12 @@ async def connect_tcp(address: str, port: int) -> Transport:
     Raises: OSError (refused, unreachable, not a numeric address).
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    flags = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
-    target = socket.getaddrinfo(address, port, family, socket.SOCK_STREAM, 0, flags)[0][4]  # parses, asks nobody
+    if family == socket.AF_INET6:  # may have a scope, which only this parses; it asks nobody
+        flags = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
+        target = socket.getaddrinfo(address, port, family, socket.SOCK_STREAM, 0, flags)[0][4]
+    else:
+        socket.inet_pton(family, address)  # connect() would look a name up
+        target = (address, port)
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)

@@ -145,9 +145,9 @@ async def test_nothing_is_held_five_minutes_after_the_last_request(world: World,
     async with world.running():
         await settle()
         await world.use()
-        await trio.sleep(FORGET_S - 1)
+        await trio.sleep(FORGET_S - 2)
         assert world.count("ready") == 2
-        await trio.sleep(2)
+        await trio.sleep(3)
         assert world.count("ready") == world.idle_at_ingress == 0
         dials = len(world.dials)
 
