@@ -54,7 +54,7 @@ from ngrokd.dataplane import (
 )
 from ngrokd.discovery import Discovery
 from ngrokd.endpoints import Secret
-from ngrokd.errors import ConfigError, Exit, NgrokdError, PermissionMissingError, StateError
+from ngrokd.errors import ConfigError, Exit, NgrokdError, PermissionMissingError, StateError, TakenError
 from ngrokd.log import Log
 from ngrokd.names import reconcile
 from ngrokd.ops.control import Command, ControlError, ControlServer, ControlSocket
@@ -258,6 +258,7 @@ class Daemon:
                     offload=device.offload,
                     receive_buffer=limits.buffer_bytes,
                     send_buffer=limits.buffer_bytes,
+                    small_buffer=limits.buffer_bytes // 2,
                     max_flows=self._most_flows(),
                     half_open=limits.half_open,
                     undecided=limits.undecided,
@@ -724,8 +725,18 @@ class Daemon:
 def state_lock(directory: str) -> Iterator[None]:
     """Hold the state directory for this process. Raises TakenError naming who has it, StateError."""
     files.ensure_private_directory(directory)
-    with files.Lock(os.path.join(directory, "lock"), "ngrokd"):
+    lock = files.Lock(os.path.join(directory, "lock"), "ngrokd")
+    try:
+        lock.acquire()
+    except TakenError as error:
+        raise TakenError(
+            f"the state directory {directory} belongs to {files.lock_owner(lock.path) or 'another process'}",
+            remedy="stop it, or give this daemon a state.directory of its own",
+        ) from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _when(wall: float) -> str | None:
