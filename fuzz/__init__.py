@@ -1,0 +1,1 @@
+"""Fuzz targets: hostile bytes against everything that reads bytes from outside. See README.md."""

@@ -1,0 +1,119 @@
+"""Packets read, judged and mended by the book (RFC 791, 1071, 9293), sharing no code with what is fuzzed."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+FIN: Final = 1
+SYN: Final = 2
+RST: Final = 4
+PSH: Final = 8
+ACK: Final = 16
+MASK: Final = 0xFFFFFFFF
+
+
+def ones_sum(data: bytes) -> int:
+    """The one's complement sum, word by word."""
+    if len(data) & 1:
+        data += b"\0"
+    total: int = sum(struct.unpack(f"!{len(data) >> 1}H", data))
+    while total > 0xFFFF:
+        total = (total & 0xFFFF) + (total >> 16)
+    return total
+
+
+def pseudo(packet: bytes, protocol: int, length: int) -> bytes:
+    """The pseudo header of an IPv4 packet."""
+    return packet[12:20] + struct.pack("!BBH", 0, protocol, length & 0xFFFF)
+
+
+@dataclass(slots=True)
+class Frame:
+    """A TCP packet over IPv4, taken apart. Offsets are those of the packet."""
+
+    source: bytes
+    destination: bytes
+    source_port: int
+    destination_port: int
+    seq: int
+    ack: int
+    flags: int
+    window: int
+    options: bytes
+    payload: bytes
+
+    @property
+    def key(self) -> bytes:
+        """What the stack finds the flow by."""
+        return self.source + self.destination + struct.pack("!HH", self.source_port, self.destination_port)
+
+    @property
+    def length(self) -> int:
+        """How much of the sequence space it takes."""
+        return len(self.payload) + (self.flags & SYN != 0) + (self.flags & FIN != 0)
+
+
+def read_tcp(packet: bytes) -> Frame | None:
+    """Take a packet apart; None when it is not whole TCP over IPv4. Checksums are `is_valid`'s."""
+    if len(packet) < 40 or packet[0] >> 4 != 4 or packet[9] != 6:
+        return None
+    at = (packet[0] & 15) * 4
+    end = packet[2] << 8 | packet[3]
+    if at < 20 or end > len(packet) or at + 20 > end:
+        return None
+    source_port, destination_port, seq, ack, offset, flags, window = struct.unpack_from("!HHIIBBH", packet, at)
+    data = at + (offset >> 4) * 4
+    if data < at + 20 or data > end:
+        return None
+    return Frame(
+        packet[12:16],
+        packet[16:20],
+        source_port,
+        destination_port,
+        seq,
+        ack,
+        flags & 0x3F,
+        window,
+        packet[at + 20 : data],
+        packet[data:end],
+    )
+
+
+def header_is_valid(packet: bytes) -> bool:
+    """Is the IP header's checksum right?"""
+    return ones_sum(packet[: (packet[0] & 15) * 4]) == 0xFFFF
+
+
+def transport_is_valid(packet: bytes) -> bool:
+    """Is the checksum of the TCP segment, UDP datagram or ICMP message in it right?"""
+    at = (packet[0] & 15) * 4
+    body = packet[at : packet[2] << 8 | packet[3]]
+    if packet[9] == 1:
+        return ones_sum(body) == 0xFFFF
+    if packet[9] == 17 and body[6:8] == b"\0\0":
+        return True
+    return ones_sum(pseudo(packet, packet[9], len(body)) + body) == 0xFFFF
+
+
+def mend(packet: bytes, *, ip: bool = True, transport: bool = True) -> bytes:
+    """The packet with right checksums, as far as it is long enough to have them."""
+    out = bytearray(packet)
+    at = (packet[0] & 15) * 4 if packet else 0
+    if at < 20 or at > len(packet):
+        return packet
+    end = min(packet[2] << 8 | packet[3], len(packet))
+    field = {6: 16, 17: 6, 1: 2}.get(packet[9])
+    if transport and field is not None and at + field + 2 <= end:
+        out[at + field : at + field + 2] = b"\0\0"
+        body = bytes(out[at:end])
+        start = b"" if packet[9] == 1 else pseudo(packet, packet[9], len(body))
+        checksum = ~ones_sum(start + body) & 0xFFFF
+        if packet[9] == 17:
+            checksum = checksum or 0xFFFF
+        struct.pack_into("!H", out, at + field, checksum)
+    if ip:
+        out[10:12] = b"\0\0"
+        struct.pack_into("!H", out, 10, ~ones_sum(bytes(out[:at])) & 0xFFFF)
+    return bytes(out)
