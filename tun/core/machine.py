@@ -1500,16 +1500,19 @@ class Flow:
             self._keep_probes = 0
             self._keep_at = idle_at
             return
+        self._keep_at = now + host.keepalive_interval
+        if self._rto_at != INFINITE:
+            # Bytes or a probe are on the way, which is a question too, and has a patience of its own (Linux likewise).
+            self._keep_probes = 0
+            return
         if self._keep_probes >= host.keepalive_probes:
             host.timeouts += 1
             self._end(states.TIMEOUT, "timeout")
             self._reset_owed = True
             return
         self._keep_probes += 1
-        self._keep_at = now + host.keepalive_interval
-        if self._rto_at == INFINITE:  # otherwise a question is on its way already
-            self._probe_owed = True
-            self.touch()
+        self._probe_owed = True
+        self.touch()
 
     # -- small things -------------------------------------------------------------------------------------------------
 
