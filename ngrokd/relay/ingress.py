@@ -123,7 +123,7 @@ class Ingress:
         Args:
             dial: connects to a numeric address and port. Raises OSError; cancelled, it must leave nothing behind.
             connect_timeout_s: for everything that `open` does, waiting for a slot included.
-            dials: connects and handshakes in flight at a time.
+            dials: connects and handshakes that flows have in flight at a time; the pool's are bounded by its `max`.
             refused_networks: CIDRs that are never dialled: our own subnets.
             on_ca_found: called once with a CA (PEM) that was pinned by its fingerprint, was presented by the ingress,
                 and against which the ingress was then verified.
@@ -143,9 +143,7 @@ class Ingress:
         self._tickets.enabled = resumption
         self._settings = pool or PoolSettings()
         self._stock = Stock(self._settings, chance)
-        self._pool = Pool(
-            self._stock, self._slots, self._connect_for_pool, self._is_current, self._collect, strict=strict
-        )
+        self._pool = Pool(self._stock, self._connect_for_pool, self._is_current, self._collect, strict=strict)
         self._running = False
         self._handshaking = trio.Lock()
         self._retrying: Counter[tuple[str, int]] = Counter()
@@ -191,7 +189,7 @@ class Ingress:
 
     @property
     def dialing(self) -> int:
-        """Dials in flight, for flows and for the pool."""
+        """Dials of flows in flight."""
         return self._slots.borrowed_tokens
 
     @property
@@ -345,8 +343,6 @@ class Ingress:
                 if self._retrying.total() >= RETRYING or self._retrying[host, port] >= RETRYING_PER_ENDPOINT:
                     raise
                 progress.phase = f"waiting to dial again: {error}"
-            finally:
-                self._pool.wake()  # there is room for its dials
             pause *= 2
             await self._pause(jittered, (host, port))
 

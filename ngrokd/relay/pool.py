@@ -7,8 +7,8 @@ alive as far as this side can know. One more task orders: it sleeps until a requ
 
 A request takes the newest, because that one is the most likely to be alive; the others age behind it, as a reserve.
 Finding none, it takes the next that gets ready, if one is being dialled that nobody waits for yet. Thus every dial in
-flight for the pool may become that of a flow in need, in order of arrival, and flows and pool share one bound of dials
-in flight without the pool ever being in a flow's way: it orders only what the bound has room for while nobody waits.
+flight for the pool may become that of a flow in need, in order of arrival. The dials of the pool are bounded by what it
+may hold, those that flows begin by a bound of their own, so that neither is ever in the other's way.
 
 Filling begins FILL_DELAY_S after the request that made it necessary, so that the request's own work goes first.
 """
@@ -84,7 +84,6 @@ class Pool:
 
     Args:
         stock: decides.
-        slots: dials in flight, the flows' and ours.
         connect: makes a connection, within its own time. Raises RelayError.
         is_current: whether a connection is what would be made now (credentials, anchors, addresses).
         on_read: called when something was received on a waiting connection: tickets, most likely.
@@ -99,7 +98,6 @@ class Pool:
     def __init__(
         self,
         stock: Stock,
-        slots: trio.CapacityLimiter,
         connect: Callable[[], Awaitable[Connection]],
         is_current: Callable[[Connection], bool],
         on_read: Callable[[Connection], object],
@@ -107,7 +105,6 @@ class Pool:
         strict: bool = False,
     ) -> None:
         self._stock = stock
-        self._slots = slots
         self._connect = connect
         self._is_current = is_current
         self._on_read = on_read
@@ -192,19 +189,12 @@ class Pool:
             self._remove(kept).stream.close_nowait()
         orders, again_at = self._stock.orders(now, len(self._shelf), self.dialing)
         for _ in range(orders):
-            borrower = object()
-            if self._slots.statistics().tasks_waiting:
-                break  # the dial that a flow waits for will be over soon, and wakes us
-            try:
-                self._slots.acquire_on_behalf_of_nowait(borrower)
-            except trio.WouldBlock:
-                break
             self.dialing += 1
             self.counts["ordered"] += 1
-            nursery.start_soon(self._make, borrower, now)
+            nursery.start_soon(self._make, now)
         return again_at
 
-    async def _make(self, borrower: object, ordered_at: float) -> None:
+    async def _make(self, ordered_at: float) -> None:
         """Make one connection, give it to whom it may concern, or keep it until somebody comes."""
         connection: Connection | None = None
         try:
@@ -217,7 +207,6 @@ class Pool:
             if self._strict:
                 raise
         finally:
-            self._slots.release_on_behalf_of(borrower)
             self.dialing -= 1
             self._wake.set()
         now = trio.current_time()
