@@ -1,9 +1,10 @@
 """Connections that are ready: verified, with no endpoint asked for yet, kept until somebody needs one.
 
-How many, and when to dial, is decided by `Stock`; this is the waiting part. There is one task per connection, from its
-dial to the moment when it is taken, dies or is too old. While it waits it reads: a TLS 1.3 server sends its session
-tickets then, and an ingress that hangs up is noticed at once. So an idle pool costs no wake-up, and what is taken is
-alive as far as this side can know. One more task orders: it sleeps until a request came or something ended.
+How many, and when to dial, is decided by `Stock`; this is the waiting part. One task orders: it sleeps until a request
+came, or something ended. Each connection is dialled by a task of its own. One that nobody has taken WATCH_AFTER_S
+later gets a task that reads from it: an ingress that hangs up is noticed at once, and an idle pool costs no wake-up.
+(With many requests hardly any connection waits that long, and the tasks would cost a tenth of the whole work.) Whoever
+takes one reads first, so it is alive as far as this side can know.
 
 A request takes the newest, because that one is the most likely to be alive; the others age behind it, as a reserve.
 Finding none, it takes the next that gets ready, if one is being dialled that nobody waits for yet. Thus every dial in
@@ -16,6 +17,7 @@ Filling begins FILL_DELAY_S after the request that made it necessary, so that th
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from ngrokd.relay.tls import TlsStream
 
 FILL_DELAY_S: Final = 0.004
+WATCH_AFTER_S: Final = 0.5
 
 
 @dataclass(slots=True, eq=False)
@@ -64,11 +67,13 @@ class Connection:
 
 @dataclass(slots=True, eq=False)
 class _Kept:
-    """A connection on the shelf. `scope` is that of the task that watches it, and must not touch it once it is gone."""
+    """A connection on the shelf, since when and until when. `scope` is that of the task that watches it."""
 
     connection: Connection
-    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    gone: bool = False
+    since: float
+    until: float
+    scope: trio.CancelScope | None = None
+    gone: bool = False  # the task may still be about to run, and must not touch it any more
 
 
 @dataclass(slots=True, eq=False)
@@ -146,9 +151,12 @@ class Pool:
         self._waiting.append(waiter)
         try:
             await waiter.told.wait()
-        finally:
-            if not waiter.told.is_set():
+        except trio.Cancelled:
+            if waiter.connection is not None:  # given to it when it was cancelled, but had not run yet
+                self._put(waiter.connection)
+            elif waiter in self._waiting:
                 self._waiting.remove(waiter)
+            raise
         self.counts["misses" if waiter.connection is None else "adopted"] += 1
         return waiter.connection
 
@@ -171,11 +179,11 @@ class Pool:
                 self._nursery = nursery
                 while True:
                     self._wake = trio.Event()
-                    with trio.move_on_at(self._balance(nursery)):
+                    with trio.move_on_at(min(self._balance(nursery), self._watch_all(nursery))):
                         await self._wake.wait()
                     await trio.sleep(FILL_DELAY_S)
         finally:
-            self._nursery = None
+            self._nursery = None  # nothing is put on the shelf any more
             self.discard(lambda _: True)
             self._excuse_waiters()
 
@@ -224,7 +232,7 @@ class Pool:
                 waiter.connection = connection
                 waiter.told.set()
             else:
-                await self._keep(connection)
+                self._put(connection)
 
     def _excuse_waiters(self) -> None:
         """Tell flows that wait for more than is being dialled to dial themselves; those who came last."""
@@ -233,16 +241,32 @@ class Pool:
 
     # -- keeping
 
-    async def _keep(self, connection: Connection) -> None:
-        """Hold a connection until it is taken, dies, or is too old."""
+    def _put(self, connection: Connection) -> None:
+        """Put a connection on the shelf."""
+        if self._nursery is None:  # nobody would ever take it down
+            connection.stream.close_nowait()
+            return
         now = trio.current_time()
-        kept = _Kept(connection)
-        kept.scope.deadline = now + self._stock.lifetime_s(now)
-        self._shelf.append(kept)
+        self._shelf.append(_Kept(connection, now, now + self._stock.lifetime_s(now)))
+        self._wake.set()
+
+    def _watch_all(self, nursery: trio.Nursery) -> float:
+        """Begin to watch those that have been waiting for a while. Returns when the next one will have."""
+        due = trio.current_time() - WATCH_AFTER_S
+        for kept in self._shelf:
+            if kept.scope is None:
+                if kept.since > due:
+                    return kept.since + WATCH_AFTER_S
+                kept.scope = trio.CancelScope(deadline=kept.until)
+                nursery.start_soon(self._keep, kept, kept.scope)
+        return math.inf
+
+    async def _keep(self, kept: _Kept, scope: trio.CancelScope) -> None:
+        """Hold a connection until it is taken, dies, or is too old."""
         alive = True
         try:
-            with kept.scope:
-                with trio.move_on_after(PROVEN_S):
+            with scope:
+                with trio.move_on_at(kept.since + PROVEN_S):
                     alive = await self._watch(kept)
                 if alive and not kept.gone:
                     self._stock.note_proof()
@@ -254,27 +278,28 @@ class Pool:
                 self._wake.set()
                 if alive:
                     self.counts["aged"] += 1
-                    connection.stream.close_nowait()
+                    kept.connection.stream.close_nowait()
                 else:
-                    self._note_dead(connection)
+                    self._note_dead(kept.connection)
 
     def _remove(self, kept: _Kept) -> Connection:
         self._shelf.remove(kept)
         kept.gone = True
-        kept.scope.cancel()
+        if kept.scope is not None:
+            kept.scope.cancel()
         return kept.connection
 
     async def _watch(self, kept: _Kept) -> bool:
         """Read what comes, until it is gone (True) or dead (False)."""
         stream = kept.connection.stream
-        while True:
+        while not kept.gone:
             with contextlib.suppress(trio.ClosedResourceError):
                 await stream.transport.wait_readable()
-            if kept.gone:  # taken or closed while this task was about to run
-                return True
-            if not self._is_alive(kept.connection):
-                return False
-            self._on_read(kept.connection)
+            if not kept.gone:  # taken or closed while this task was about to run
+                if not self._is_alive(kept.connection):
+                    return False
+                self._on_read(kept.connection)
+        return True
 
     def _is_alive(self, connection: Connection) -> bool:
         """Read what has come. Nothing that is for us can come before the header, so bytes are as bad as an end."""
