@@ -125,7 +125,7 @@ class OutOfOrder:
     The bytes that came first win where segments overlap: what was once reported by SACK does not change.
     """
 
-    __slots__ = ("charge", "ends", "pieces", "recent", "starts")
+    __slots__ = ("charge", "ends", "pieces", "recent", "starts", "untold")
 
     def __init__(self) -> None:
         self.starts: list[int] = []
@@ -133,6 +133,7 @@ class OutOfOrder:
         self.pieces: list[list[memoryview]] = []
         self.charge: int = 0  # bytes held, overhead included
         self.recent: list[int] = []  # a position in each range, the one touched last first (for SACK)
+        self.untold: list[int] = []  # positions touched since the last SACK
 
     def insert(self, start: int, end: int, view: memoryview, limit: int) -> int:
         """Store `view` as [start, end), keeping what is there already.
@@ -202,6 +203,10 @@ class OutOfOrder:
         recent.insert(0, position)
         if len(recent) > 8:
             recent.pop()
+        untold = self.untold
+        untold.append(position)
+        if len(untold) > MAX_RANGES:
+            del untold[0]
 
     def _drop(self, index: int) -> None:
         for piece in self.pieces[index]:
@@ -230,6 +235,7 @@ class OutOfOrder:
             self._drop(0)
         if not self.starts:
             self.recent.clear()
+            self.untold.clear()
         return position
 
     def blocks(self, count: int) -> list[tuple[int, int]]:
@@ -245,6 +251,17 @@ class OutOfOrder:
                         break
         return found
 
+    def untold_blocks(self) -> list[tuple[int, int]]:
+        """All ranges that have been touched since `untold` was cleared, the lowest first."""
+        found: list[tuple[int, int]] = []
+        for position in sorted(self.untold):
+            index = bisect_left(self.ends, position + 1)
+            if index < len(self.starts) and self.starts[index] <= position:
+                block = (self.starts[index], self.ends[index])
+                if not found or found[-1] != block:
+                    found.append(block)
+        return found
+
     def covers(self, start: int, end: int) -> bool:
         """Is all of [start, end) here already?"""
         index = bisect_left(self.ends, end)
@@ -256,6 +273,7 @@ class OutOfOrder:
         self.ends.clear()
         self.pieces.clear()
         self.recent.clear()
+        self.untold.clear()
         self.charge = 0
 
 

@@ -985,17 +985,31 @@ class Flow:
         room = 3 if self.ts_on else 4
         if self._dsack is not None:
             blocks.append(self._dsack)
-        if self._out_of_order is not None:
-            blocks += self._out_of_order.blocks(room - len(blocks))
+        waiting = self._out_of_order
+        if waiting is not None:
+            blocks += waiting.blocks(room - len(blocks))
+            # A batch may have brought more ranges than one ACK can name, and what is not named is sent again. In order,
+            # as if each segment had had its own ACK: a range named late looks to Linux like one that came late.
+            others = [block for block in waiting.untold_blocks() if block not in blocks]
+            for index in range(0, len(others), room):
+                if not self._emit_sack(write, others[index : index + room], now):
+                    return False
         if not blocks:
             return True
+        if not self._emit_sack(write, blocks, now):
+            return False
+        self._dsack = None
+        self._dup_acks_owed = 0
+        if waiting is not None:
+            waiting.untold.clear()
+        return True
+
+    def _emit_sack(self, write: Write, blocks: Sequence[tuple[int, int]], now: float) -> bool:
         sacks = [(left & MASK, right & MASK) for left, right in blocks]
         window = self._window()
         packet = self._packet(self._ack_sequence(), self.rcv_nxt, ACK, window, self._options(now, sacks))
         if not write(packet, NO_VIEWS, 0):
             return False
-        self._dsack = None
-        self._dup_acks_owed = 0
         self._said_ack(window)
         return True
 
