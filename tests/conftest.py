@@ -12,6 +12,19 @@ import pytest
 hypothesis.settings.register_profile("ordinary", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("ordinary")
 
+# What a test proves; tests/tun/rules.py makes docs/tcp-states.md of these.
+_MARKS = (
+    "rule(*numbers): rules of our TCP/IP that the test proves",
+    "bug(*names): mistakes of other stacks that the test would have caught",
+    "scenario(*names): scenarios of packetimpact that the test plays",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for mark in _MARKS:
+        config.addinivalue_line("markers", mark)
+
+
 _LOGGERS = ("", "ngrokd", "ngrokd.ops.control", "tun", "py.warnings", "pyroute2")
 
 

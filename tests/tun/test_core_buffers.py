@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from itertools import pairwise
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -84,6 +85,7 @@ def test_large_writes_are_kept_by_reference() -> None:
 
 @settings(max_examples=300)
 @given(st.lists(st.tuples(st.integers(0, 400), st.integers(1, 60)), max_size=60), st.integers(0, 2**32))
+@pytest.mark.rule(39)
 def test_out_of_order_keeps_first_bytes_and_order(segments: list[tuple[int, int]], base: int) -> None:
     """Against a dictionary of positions: what came first stays, what is contiguous comes out."""
     waiting = OutOfOrder()
@@ -115,6 +117,7 @@ def test_out_of_order_keeps_first_bytes_and_order(segments: list[tuple[int, int]
 
 
 @given(st.lists(st.tuples(st.integers(0, 5000), st.integers(1, 700)), max_size=200), st.integers(1000, 60000))
+@pytest.mark.rule(39)
 def test_out_of_order_stays_within_its_bounds(segments: list[tuple[int, int]], limit: int) -> None:
     """Ranges and bytes, overhead included, whatever comes."""
     waiting = OutOfOrder()
@@ -162,6 +165,7 @@ def test_scoreboard_is_a_set_of_positions(blocks: list[tuple[int, int]], una: in
         assert start >= end
 
 
+@pytest.mark.rule(48)
 def test_scoreboard_is_bounded() -> None:
     """A thousand different blocks (CVE-2019-11478): 64 stay."""
     board = Scoreboard()

@@ -39,6 +39,7 @@ IN_TIME_WAIT = (
 # -- the app first ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule(52, 54)
 def test_app_closes_first(play: Play) -> None:
     """CLOSE-WAIT, LAST-ACK, gone: no TIME-WAIT on our side (RFC 9293 3.6)."""
     book = play(
@@ -62,6 +63,8 @@ def test_app_closes_first(play: Play) -> None:
     assert book.stack.time_wait_count == 0
 
 
+@pytest.mark.rule(52)
+@pytest.mark.bug("Tailscale 04d24cdbd")
 def test_download_after_the_apps_half_close(play: Play) -> None:
     """`curl` sends its request and its end; the answer takes its time."""
     play(
@@ -78,6 +81,7 @@ def test_download_after_the_apps_half_close(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(40)
 def test_fin_waits_for_what_precedes_it(play: Play) -> None:
     """A FIN beyond a gap is remembered and counts when the gap is filled; what would follow it does not."""
     play(
@@ -98,6 +102,7 @@ def test_fin_waits_for_what_precedes_it(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(40, 41)
 def test_fin_with_data_beyond_a_gap(play: Play) -> None:
     """The range is reported without the FIN, which holds no byte."""
     play(
@@ -113,6 +118,8 @@ def test_fin_with_data_beyond_a_gap(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(38, 67)
+@pytest.mark.bug("smoltcp bde1a1ee")
 def test_fin_repeated_with_more_data_before_it(play: Play) -> None:
     """The app resends its last segment and the FIN as one: the overlap is cut, the FIN counts once."""
     play(
@@ -131,6 +138,7 @@ def test_fin_repeated_with_more_data_before_it(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(31, 67)
 def test_repeated_fin_is_acknowledged_again(play: Play) -> None:
     """Its sender did not get our ACK."""
     play(
@@ -144,6 +152,8 @@ def test_repeated_fin_is_acknowledged_again(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(50, 67)
+@pytest.mark.scenario("tcp_fin_retransmission")
 def test_lost_fin_of_ours_is_resent(play: Play) -> None:
     """It needs its ACK like a byte, in LAST-ACK too."""
     play(
@@ -159,6 +169,8 @@ def test_lost_fin_of_ours_is_resent(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(54)
+@pytest.mark.bug("smoltcp 24f94d24", "smoltcp 816a4f96")
 def test_last_ack_wants_the_right_ack(play: Play) -> None:
     """smoltcp let any ACK end it."""
     play(
@@ -177,6 +189,8 @@ def test_last_ack_wants_the_right_ack(play: Play) -> None:
 # -- we first ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule(53, 55, 58)
+@pytest.mark.bug("smoltcp 65e58931", "Tailscale 04d24cdbd")
 def test_upload_after_our_half_close(play: Play) -> None:
     """A half-open upload lives for hours: nothing ends FIN-WAIT-2 while its owner is there."""
     play(
@@ -194,6 +208,8 @@ def test_upload_after_our_half_close(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(58)
+@pytest.mark.scenario("fin_wait2_timeout")
 def test_fin_wait_2_ends_60_s_after_its_owner_left(play: Play) -> None:
     """Linux tcp_fin_timeout: an app that never closes must not keep us."""
     play(
@@ -207,6 +223,7 @@ def test_fin_wait_2_ends_60_s_after_its_owner_left(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(59)
 def test_data_for_nobody_is_reset(play: Play) -> None:
     """RFC 1122 4.2.2.13: bytes that nobody will read must not be acknowledged as if they were."""
     play(
@@ -220,6 +237,8 @@ def test_data_for_nobody_is_reset(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(60)
+@pytest.mark.scenario("tcp_linger")
 def test_release_with_unread_data_is_a_reset(play: Play) -> None:
     """RFC 2525 2.17: a FIN would tell the app that everything was read."""
     play(
@@ -234,6 +253,7 @@ def test_release_with_unread_data_is_a_reset(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(60)
 def test_duplicate_after_release_is_not_unread_data(play: Play) -> None:
     """Linux tcp_close_no_rst.pkt: an old segment again, though nobody reads any more, is only old."""
     play(
@@ -254,6 +274,8 @@ def test_duplicate_after_release_is_not_unread_data(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(53, 60)
+@pytest.mark.scenario("tcp_linger")
 def test_release_sends_what_was_written(play: Play) -> None:
     """The owner may go before the last byte is delivered."""
     play(
@@ -273,6 +295,8 @@ def test_release_sends_what_was_written(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(50, 56)
+@pytest.mark.bug("smoltcp b38faa58", "smoltcp 2219af77")
 def test_simultaneous_close(play: Play) -> None:
     """CLOSING: their FIN before the ACK of ours (RFC 9293 3.6 case 3); TIME-WAIT on both sides."""
     play(
@@ -291,6 +315,7 @@ def test_simultaneous_close(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(57)
 def test_fin_that_acknowledges_ours(play: Play) -> None:
     """FIN-WAIT-1 straight to TIME-WAIT."""
     play(
@@ -305,6 +330,7 @@ def test_fin_that_acknowledges_ours(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(67)
 def test_unread_bytes_outlive_the_connection(play: Play) -> None:
     """The reader may be slower than the handshake of closing."""
     play(
@@ -325,6 +351,7 @@ def test_unread_bytes_outlive_the_connection(play: Play) -> None:
 # -- TIME-WAIT --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule(61, 66)
 def test_time_wait_lasts_ten_seconds(play: Play) -> None:
     """Our network is one queue: ten seconds are ages."""
     book = play(
@@ -341,6 +368,7 @@ def test_time_wait_lasts_ten_seconds(play: Play) -> None:
     assert book.stack.next_deadline() == float("inf")
 
 
+@pytest.mark.rule(62, 67)
 def test_repeated_fin_in_time_wait_restarts_it(play: Play) -> None:
     """Our last ACK was lost."""
     play(
@@ -354,6 +382,8 @@ def test_repeated_fin_in_time_wait_restarts_it(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(63)
+@pytest.mark.scenario("tcp_timewait_reset")
 def test_reset_does_not_end_time_wait(play: Play) -> None:
     """RFC 1337: assassination; and never is a RST answered."""
     play(
@@ -368,6 +398,7 @@ def test_reset_does_not_end_time_wait(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(25, 64)
 def test_newer_syn_leaves_time_wait(play: Play) -> None:
     """Ports are reused within seconds: a number above the old one opens at once, ours lies above the old too."""
     book = play(IN_TIME_WAIT)
@@ -390,6 +421,7 @@ def test_newer_syn_leaves_time_wait(play: Play) -> None:
     assert book.stack.time_wait_count == 0
 
 
+@pytest.mark.rule(25, 64)
 def test_fast_old_connection_pushes_our_next_number_up(play: Play) -> None:
     """It sent more than our clock of numbers went on: the next one starts above it all the same."""
     book = play(OPEN)
@@ -416,6 +448,7 @@ def test_fast_old_connection_pushes_our_next_number_up(play: Play) -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.rule(65)
 def test_older_syn_in_time_wait_is_challenged(play: Play, number: int) -> None:
     """It may be a ghost of the old connection."""
     play(
@@ -428,6 +461,7 @@ def test_older_syn_in_time_wait_is_challenged(play: Play, number: int) -> None:
     )
 
 
+@pytest.mark.rule(64, 65)
 def test_newer_timestamp_leaves_time_wait(play: Play) -> None:
     """RFC 6191: the timestamp proves what the number cannot; an older one disproves it."""
     stamped = (

@@ -32,6 +32,7 @@ def send_quietly(book: Playbook, position: int, count: int) -> None:
 # -- receiving --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule(42)
 def test_one_ack_for_a_batch(play: Play) -> None:
     """ACKs are decided when the batch has been read: three segments, one answer."""
     book = play("us  | flow ESTABLISHED", begin=OPEN)
@@ -50,6 +51,8 @@ def test_one_ack_for_a_batch(play: Play) -> None:
     """)
 
 
+@pytest.mark.rule(38, 41)
+@pytest.mark.bug("smoltcp 6acc2b47")
 def test_segment_that_overlaps_the_left_is_cut(play: Play) -> None:
     """What is old is dropped, what is new is taken (smoltcp once took none of it), and DSACK tells what came twice."""
     play(
@@ -64,6 +67,8 @@ def test_segment_that_overlaps_the_left_is_cut(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(31, 38, 42)
+@pytest.mark.bug("smoltcp 9d532a7b")
 def test_old_data_is_acknowledged_at_once_and_always(play: Play) -> None:
     """Its sender misses our last ACK; DSACK (RFC 2883) says that it came twice. No limit on these."""
     play(
@@ -81,6 +86,7 @@ def test_old_data_is_acknowledged_at_once_and_always(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(38, 41, 42)
 def test_gap_is_reported_and_filled(play: Play) -> None:
     """SACK names the newest range first (RFC 2018 4); the segment that fills the gap is acknowledged at once."""
     play(
@@ -105,6 +111,7 @@ def test_gap_is_reported_and_filled(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(41)
 def test_timestamps_leave_room_for_three_ranges(play: Play) -> None:
     """40 bytes of options: 12 for the timestamp, 2 + 24 for SACK (RFC 2018 3)."""
     script = "\n".join(
@@ -117,6 +124,7 @@ def test_timestamps_leave_room_for_three_ranges(play: Play) -> None:
     play(script, begin=OPEN_STAMPS)
 
 
+@pytest.mark.rule(24, 42)
 def test_without_sack_every_segment_beyond_a_gap_gets_its_duplicate_ack(play: Play) -> None:
     """RFC 5681 3.2: such a sender counts them."""
     play(
@@ -135,6 +143,7 @@ def test_without_sack_every_segment_beyond_a_gap_gets_its_duplicate_ack(play: Pl
     )
 
 
+@pytest.mark.rule(39)
 def test_first_bytes_win_where_segments_overlap(play: Play) -> None:
     """What SACK has reported does not change; else a stranger could rewrite what a filter has seen."""
     play(
@@ -151,6 +160,8 @@ def test_first_bytes_win_where_segments_overlap(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(39)
+@pytest.mark.bug("lwIP 9989")
 def test_out_of_order_ranges_are_bounded(play: Play) -> None:
     """SegmentSmack (CVE-2018-5390): every second byte, for ever; at most 64 ranges stay, the lowest ones."""
     book = play("us  | flow ESTABLISHED", begin=OPEN_SACK)
@@ -164,6 +175,8 @@ def test_out_of_order_ranges_are_bounded(play: Play) -> None:
     assert book.stack.drops["out_of_order"] == 136
 
 
+@pytest.mark.rule(39)
+@pytest.mark.bug("lwIP 9989")
 def test_out_of_order_bytes_are_bounded(play: Play) -> None:
     """At most three quarters of the buffer wait beyond a gap, so in-order bytes always find room."""
     book = play(
@@ -187,6 +200,7 @@ def test_out_of_order_bytes_are_bounded(play: Play) -> None:
     assert flow.held_bytes <= 65536 * 3 // 4
 
 
+@pytest.mark.rule(37)
 def test_urgent_data_is_ordinary_data(play: Play) -> None:
     """RFC 6093: the pointer is ignored, wherever it points."""
     play(
@@ -199,6 +213,8 @@ def test_urgent_data_is_ordinary_data(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(17)
+@pytest.mark.bug("smoltcp eae48052")
 def test_segment_without_ack_is_dropped(play: Play) -> None:
     """RFC 9293 3.10.7.4, fifth."""
     play(
@@ -212,6 +228,7 @@ def test_segment_without_ack_is_dropped(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(17, 29, 33)
 def test_syn_in_a_connection_is_challenged_wherever_it_lies(play: Play) -> None:
     """RFC 5961 4.2: no SYN changes a connection; a peer that really restarted will answer with RST."""
     for number in (0, 1, 100, 100000, -5000):
@@ -227,6 +244,7 @@ def test_syn_in_a_connection_is_challenged_wherever_it_lies(play: Play) -> None:
         )
 
 
+@pytest.mark.rule(24)
 def test_missing_timestamp_is_forgiven(play: Play) -> None:
     """RFC 7323 3.2 lets us drop; Linux and gVisor take it, and so do we."""
     play(
@@ -239,6 +257,8 @@ def test_missing_timestamp_is_forgiven(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(30)
+@pytest.mark.scenario("tcp_paws_mechanism")
 def test_old_timestamp_is_refused(play: Play) -> None:
     """PAWS (RFC 7323 5.3): a segment from before is acknowledged and dropped; a RST is not judged by it."""
     play(
@@ -258,6 +278,8 @@ def test_old_timestamp_is_refused(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(30)
+@pytest.mark.scenario("tcp_paws_mechanism")
 def test_timestamp_counts_again_after_24_days(play: Play) -> None:
     """RFC 7323 5.5: by then the clock may have gone round; an idle connection must not be locked out."""
     play(
@@ -270,6 +292,7 @@ def test_timestamp_counts_again_after_24_days(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(30)
 def test_timestamp_to_echo_is_that_of_the_left_edge(play: Play) -> None:
     """RFC 7323 4.3: what lies beyond a gap does not change it, or the app measures its own loss."""
     play(
@@ -286,6 +309,7 @@ def test_timestamp_to_echo_is_that_of_the_left_edge(play: Play) -> None:
 # -- the habit of answering -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule(42)
 def test_ack_rides_on_the_answer_in_a_conversation(play: Play) -> None:
     """After three answers in time the ACK waits for the fourth, at most 20 ms."""
     exchange = """
@@ -313,6 +337,7 @@ def test_ack_rides_on_the_answer_in_a_conversation(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(42)
 def test_much_data_is_acknowledged_at_once_even_in_a_conversation(play: Play) -> None:
     """Two segments (RFC 1122 4.2.3.2)."""
     book = play("us  | flow ESTABLISHED", begin=OPEN)
@@ -328,6 +353,8 @@ def test_much_data_is_acknowledged_at_once_even_in_a_conversation(play: Play) ->
 # -- sending ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule(45)
+@pytest.mark.scenario("tcp_cork_mss")
 def test_large_writes_become_large_segments(play: Play) -> None:
     """Up to 64 KiB in whole segments, the device cuts them; PSH where the data ends."""
     play(
@@ -340,6 +367,8 @@ def test_large_writes_become_large_segments(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(45)
+@pytest.mark.scenario("tcp_cork_mss")
 def test_without_offload_segments_have_the_mss(play: Play) -> None:
     """A device that cannot cut gets what it can send."""
     play(
@@ -354,6 +383,7 @@ def test_without_offload_segments_have_the_mss(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(45)
 def test_small_writes_go_at_once(play: Play) -> None:
     """No Nagle: bytes come as TLS records, which are pieces already."""
     play(
@@ -367,6 +397,7 @@ def test_small_writes_go_at_once(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(45, 50)
 def test_full_device_loses_nothing(play: Play) -> None:
     """What the device does not take is owed still, ACK and data."""
     play(
@@ -383,6 +414,7 @@ def test_full_device_loses_nothing(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(35)
 def test_ack_of_what_was_never_sent_frees_nothing(play: Play) -> None:
     """Optimistic ACKs: answered with an ACK, at most twice a second, and dropped."""
     play(
@@ -400,6 +432,7 @@ def test_ack_of_what_was_never_sent_frees_nothing(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(35)
 def test_old_ack_brings_its_data_all_the_same(play: Play) -> None:
     """RFC 5961 5.2: an ACK before SND.UNA is not an ACK, but within a window it is no attack either."""
     play(
@@ -418,6 +451,8 @@ def test_old_ack_brings_its_data_all_the_same(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(48)
+@pytest.mark.bug("smoltcp f3a64e08")
 def test_lost_segment_is_resent_after_three_duplicates(play: Play) -> None:
     """RFC 5681 3.2: the first hole, once; the rest is on its way."""
     play(
@@ -436,6 +471,8 @@ def test_lost_segment_is_resent_after_three_duplicates(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(48)
+@pytest.mark.bug("smoltcp cce9ae77")
 def test_window_updates_are_no_duplicates(play: Play) -> None:
     """smoltcp counted them and resent what nobody had lost."""
     play(
@@ -452,6 +489,8 @@ def test_window_updates_are_no_duplicates(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(42, 48)
+@pytest.mark.bug("passt keepalive", "lwIP 36210")
 def test_keepalives_are_no_duplicates(play: Play) -> None:
     """passt took them for lost data: a keepalive repeats the last byte's number, and only wants an ACK."""
     play(
@@ -473,6 +512,7 @@ def test_keepalives_are_no_duplicates(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(48)
 def test_partial_ack_resends_the_next_hole(play: Play) -> None:
     """NewReno (RFC 6582): in a recovery every ACK that is not enough names the next missing segment."""
     play(
@@ -492,6 +532,7 @@ def test_partial_ack_resends_the_next_hole(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(48)
 def test_sack_shows_the_holes(play: Play) -> None:
     """RFC 6675: three segments' worth of SACK is as good as three duplicates; only holes are resent."""
     play(
@@ -510,6 +551,8 @@ def test_sack_shows_the_holes(play: Play) -> None:
 
 
 @pytest.mark.parametrize("blocks", ["5000:3000", "90000:99000", "-500:-100", "1:1461", "3000:3000", "-2000000000:2000"])
+@pytest.mark.rule(48)
+@pytest.mark.bug("smoltcp 25d4f7c5")
 def test_foolish_sack_blocks_are_ignored(play: Play, blocks: str) -> None:
     """Left after right, beyond what was sent, before what is acknowledged, empty, wrapped: nothing is resent."""
     play(
@@ -524,6 +567,7 @@ def test_foolish_sack_blocks_are_ignored(play: Play, blocks: str) -> None:
     )
 
 
+@pytest.mark.rule(49)
 def test_congestion_window_opens_with_the_acks(play: Play) -> None:
     """Slow start from 256 KiB: what is beyond it waits for ACKs, though the app's window is larger."""
     book = play(

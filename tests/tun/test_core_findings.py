@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tun.core.stack import StackSettings
 from tun.testing.playbook import OPEN, Play
 
@@ -9,6 +11,8 @@ from tun.testing.playbook import OPEN, Play
 ROUNDS_DOWN = 212.002
 
 
+@pytest.mark.rule(51)
+@pytest.mark.bug("lwIP 39898")
 def test_keepalive_is_due_at_the_moment_it_was_set_for(play: Play) -> None:
     """Computed as a difference the idle time fell short by rounding, and the same deadline was set for ever."""
     assert (ROUNDS_DOWN + 300.0) - ROUNDS_DOWN < 300.0
@@ -38,6 +42,7 @@ def test_a_new_syn_from_somebody_who_may_not_counts_once(play: Play) -> None:
     assert book.stack.drops == {"source": 1}
 
 
+@pytest.mark.rule(43)
 def test_a_syn_ack_sent_again_offers_no_smaller_window(play: Play) -> None:
     """Between the two, other flows have made buffers smaller; what was promised stays promised (RFC 9293 3.8.6)."""
     play(
@@ -53,6 +58,7 @@ def test_a_syn_ack_sent_again_offers_no_smaller_window(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(61)
 def test_old_acks_in_time_wait_are_no_conversation(play: Play) -> None:
     """Each was answered at once; an app that found our answers wrong as well, after one forged FIN, never stopped."""
     play(
@@ -73,6 +79,7 @@ def test_old_acks_in_time_wait_are_no_conversation(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(44)
 def test_answers_to_probes_are_no_conversation(play: Play) -> None:
     """A closed window makes each ACK from one byte before ours a probe; a peer answering answers went on for ever."""
     play(

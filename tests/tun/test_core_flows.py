@@ -40,6 +40,7 @@ def opened(stack: Stack, port: int, source: bytes = LOCAL, now: float = 1.0) -> 
     return flow
 
 
+@pytest.mark.scenario("tcp_listen_backlog")
 def test_undecided_requests_are_bounded() -> None:
     """Beyond the limit a SYN is dropped, not refused: its app tries again."""
     stack = new_stack(tuned(undecided=10))
@@ -69,6 +70,8 @@ def test_foreign_source_gets_two_thirds() -> None:
 
 
 @pytest.mark.parametrize("end", ["refuse", "cancel", "accept", "abort"])
+@pytest.mark.rule(27)
+@pytest.mark.bug("gvisor-tap-vsock 7dd9c904")
 def test_counts_return_to_zero(end: str) -> None:
     """However a request ends; a counter that leaks locks everybody out one day."""
     stack = new_stack()
@@ -98,6 +101,8 @@ def test_counts_return_to_zero(end: str) -> None:
     assert stack.flow_count == (20 if end == "accept" else 0)
 
 
+@pytest.mark.rule(27, 28)
+@pytest.mark.bug("Tailscale c5abbcd4b")
 def test_silence_returns_the_counts_too() -> None:
     """Apps that vanish in either state."""
     stack = new_stack()
@@ -117,6 +122,7 @@ def test_silence_returns_the_counts_too() -> None:
     assert stack._table.foreign_half_open == {}
 
 
+@pytest.mark.scenario("tcp_listen_backlog")
 def test_oldest_half_open_flow_gives_way() -> None:
     """No SYN cookies: a dial that succeeded is worth more than a handshake that does not end."""
     stack = new_stack(tuned(half_open=3))
@@ -147,6 +153,7 @@ def test_too_many_flows_are_refused() -> None:
     assert len(stack.take_replies()) == 1
 
 
+@pytest.mark.rule(66)
 def test_time_wait_is_bounded_and_forgets_the_oldest() -> None:
     """100,000 short connections leave 16,384 small records."""
     table = FlowTable()
@@ -164,6 +171,7 @@ def test_time_wait_is_bounded_and_forgets_the_oldest() -> None:
     assert table.next_expiry() == math.inf
 
 
+@pytest.mark.rule(64, 66)
 def test_thousands_of_short_connections_leave_nothing() -> None:
     """Ports wrap within TIME-WAIT; each connection opens, and afterwards all is as before."""
     stack = new_stack()
@@ -196,6 +204,8 @@ def test_thousands_of_short_connections_leave_nothing() -> None:
     assert stack._host.heap == []
 
 
+@pytest.mark.rule(25)
+@pytest.mark.bug("smoltcp 52e087e4")
 def test_initial_numbers_grow_and_tell_nothing() -> None:
     """RFC 6528: per tuple with the clock, across tuples and secrets without relation; chi-square over the high byte."""
     first, offset = initial_numbers(b"s" * 16, b"a" * 12, 1.0)
@@ -211,6 +221,7 @@ def test_initial_numbers_grow_and_tell_nothing() -> None:
     assert sum((count - expected) ** 2 / expected for count in counts) < 350  # 255 degrees of freedom, p < 1e-4
 
 
+@pytest.mark.rule(24)
 def test_timestamps_of_flows_are_unrelated() -> None:
     """RFC 7323 5.4: they must not tell this machine's uptime."""
     offsets = {initial_numbers(b"s" * 16, port.to_bytes(12, "big"), 1.0)[1] for port in range(1000)}

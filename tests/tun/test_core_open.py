@@ -24,6 +24,8 @@ HALF_OPEN = (
 # -- the request ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule(27)
+@pytest.mark.bug("Tailscale 7429e8912")
 def test_syn_ack_waits_for_the_decision(play: Play) -> None:
     """The app gets no SYN-ACK until the owner accepts: an accept that holds, a refusal that is true."""
     play("""
@@ -44,6 +46,8 @@ def test_syn_ack_waits_for_the_decision(play: Play) -> None:
     """)
 
 
+@pytest.mark.rule(18, 27)
+@pytest.mark.bug("zephyr 90086")
 def test_refused_request_gets_the_exact_reset(play: Play) -> None:
     """Linux takes only RST with ACK of the SYN as "connection refused"; any other form lets the app hang."""
     play(
@@ -57,6 +61,7 @@ def test_refused_request_gets_the_exact_reset(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(27)
 def test_app_that_resets_cancels_its_request(play: Play) -> None:
     """A RST in [IRS, IRS+1] before the decision ends the dial; the later decision does nothing."""
     for number in (0, 1):
@@ -72,6 +77,7 @@ def test_app_that_resets_cancels_its_request(play: Play) -> None:
         )
 
 
+@pytest.mark.rule(27)
 def test_reset_with_a_foreign_number_does_not_cancel(play: Play) -> None:
     """Who cannot see the connection cannot end it."""
     play(
@@ -84,6 +90,8 @@ def test_reset_with_a_foreign_number_does_not_cancel(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(27)
+@pytest.mark.bug("Tailscale c5abbcd4b")
 def test_silent_app_cancels_its_request_after_three_seconds(play: Play) -> None:
     """A client that closes its socket in SYN-SENT sends nothing: only the missing SYN tells (Linux resends at 1 s)."""
     play(
@@ -95,6 +103,7 @@ def test_silent_app_cancels_its_request_after_three_seconds(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(27)
 def test_patient_app_is_waited_for_as_its_gaps_grow(play: Play) -> None:
     """Linux's gaps double after five seconds; 2.5 times the last one is silence, less is not."""
     play(
@@ -109,6 +118,7 @@ def test_patient_app_is_waited_for_as_its_gaps_grow(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(27)
 def test_new_number_on_the_same_port_is_a_new_request(play: Play) -> None:
     """The app began anew: its old request is void, and the new one is decided for itself."""
     book = play(PENDING)
@@ -129,6 +139,7 @@ def test_new_number_on_the_same_port_is_a_new_request(play: Play) -> None:
     assert book.stack.half_open_count == 1
 
 
+@pytest.mark.rule(27)
 def test_data_before_the_answer_is_refused_or_ignored(play: Play) -> None:
     """Before we answered nothing can be acknowledged: an ACK gets RST, the rest nothing."""
     play(
@@ -143,6 +154,7 @@ def test_data_before_the_answer_is_refused_or_ignored(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(26)
 def test_data_in_the_syn_is_left_to_be_resent(play: Play) -> None:
     """No TFO here: only the SYN is acknowledged (RFC 9293 3.10.7.2 lets us), the data comes again."""
     play("""
@@ -155,6 +167,7 @@ def test_data_in_the_syn_is_left_to_be_resent(play: Play) -> None:
     """)
 
 
+@pytest.mark.rule(16)
 def test_ecn_and_reserved_bits_do_not_matter(play: Play) -> None:
     """A SYN with ECE and CWR is a SYN (gVisor rejected them and broke forwarders)."""
     book = play("us  | none")
@@ -169,6 +182,9 @@ def test_ecn_and_reserved_bits_do_not_matter(play: Play) -> None:
 # -- options ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule(22, 23)
+@pytest.mark.bug("lwIP 37969")
+@pytest.mark.scenario("tcp_cork_mss")
 def test_no_options_means_the_defaults(play: Play) -> None:
     """No window scale offered: none answered and none used; no MSS: 536 (RFC 9293 MUST-15)."""
     play("""
@@ -183,6 +199,8 @@ def test_no_options_means_the_defaults(play: Play) -> None:
 
 
 @pytest.mark.parametrize(("offered", "used"), [(0, 536), (1, 48), (47, 48), (48, 48), (1400, 1400), (65535, 1460)])
+@pytest.mark.rule(22)
+@pytest.mark.bug("smoltcp 43697943")
 def test_mss_is_clamped(play: Play, offered: int, used: int) -> None:
     """0 is no MSS, tiny ones would make us send headers, huge ones do not fit our link."""
     play(f"""
@@ -196,6 +214,7 @@ def test_mss_is_clamped(play: Play, offered: int, used: int) -> None:
     """)
 
 
+@pytest.mark.rule(23)
 def test_window_scale_beyond_14_counts_as_14(play: Play) -> None:
     """RFC 7323 2.3."""
     book = play("""
@@ -210,6 +229,8 @@ def test_window_scale_beyond_14_counts_as_14(play: Play) -> None:
     assert book.flow.snd_edge - book.flow.snd_una == 3 << 14
 
 
+@pytest.mark.rule(23)
+@pytest.mark.scenario("tcp_handshake_window_size")
 def test_windows_in_the_handshake_are_not_scaled(play: Play) -> None:
     """RFC 7323 2.2, which both sides of smoltcp once got wrong: the SYN's window counts bytes, the next one units."""
     book = play("""
@@ -226,6 +247,8 @@ def test_windows_in_the_handshake_are_not_scaled(play: Play) -> None:
     assert book.flow.snd_edge - book.flow.snd_una == 1000 << 7
 
 
+@pytest.mark.rule(22, 24)
+@pytest.mark.bug("smoltcp 16100ffb")
 def test_timestamps_are_answered_with_what_came(play: Play) -> None:
     """RFC 7323 3.2: once negotiated every segment carries them, and they come off the MSS."""
     play(
@@ -239,6 +262,7 @@ def test_timestamps_are_answered_with_what_came(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(22)
 def test_our_mss_follows_the_link(play: Play) -> None:
     """A link of 65535 bytes takes segments of 65495, and more is never said (RFC 9293 3.7.1)."""
     play(
@@ -255,6 +279,7 @@ def test_our_mss_follows_the_link(play: Play) -> None:
 # -- SYN-RECEIVED -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule(28)
 def test_syn_ack_is_resent_and_then_forgotten(play: Play) -> None:
     """At 0, 1, 3, 7 and 15 s; freed without a word at 31 s."""
     play(
@@ -271,6 +296,7 @@ def test_syn_ack_is_resent_and_then_forgotten(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(28)
 def test_duplicate_syn_gets_the_same_syn_ack(play: Play) -> None:
     """The app missed it; but twice a second is enough, or we amplify."""
     play(
@@ -285,6 +311,7 @@ def test_duplicate_syn_gets_the_same_syn_ack(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(33)
 def test_other_syn_in_syn_received_is_challenged(play: Play) -> None:
     """RFC 5961 4: an app that really began anew answers our ACK with the RST that frees the place."""
     play(
@@ -299,6 +326,9 @@ def test_other_syn_in_syn_received_is_challenged(play: Play) -> None:
 
 
 @pytest.mark.parametrize("number", [0, 2, 1000, -5])
+@pytest.mark.rule(28)
+@pytest.mark.bug("smoltcp f95b0bf6", "gVisor 45835a60f")
+@pytest.mark.scenario("tcp_acceptable_ack_syn_rcvd")
 def test_wrong_ack_of_the_syn_ack_is_reset(play: Play, number: int) -> None:
     """RFC 9293 3.10.7.4: RST with the number it claims, and we stay where we are."""
     play(
@@ -313,6 +343,8 @@ def test_wrong_ack_of_the_syn_ack_is_reset(play: Play, number: int) -> None:
     )
 
 
+@pytest.mark.rule(28, 32)
+@pytest.mark.scenario("tcp_synrcvd_reset")
 def test_reset_in_syn_received(play: Play) -> None:
     """Exactly the next number frees it; elsewhere in the window is challenged; outside is nobody."""
     play(
@@ -330,6 +362,8 @@ def test_reset_in_syn_received(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(28, 67)
+@pytest.mark.bug("gVisor 03f17c7d9")
 def test_data_and_fin_may_come_with_the_last_ack(play: Play) -> None:
     """The ACK that ends the handshake is a segment like any other (gVisor had to learn it)."""
     play(
@@ -344,6 +378,7 @@ def test_data_and_fin_may_come_with_the_last_ack(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(28)
 def test_lost_last_ack_is_made_up_by_data(play: Play) -> None:
     """The app thinks it is connected, sends, and that is as good as the ACK."""
     play(
@@ -356,6 +391,7 @@ def test_lost_last_ack_is_made_up_by_data(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(50, 67)
 def test_owner_may_write_and_finish_before_the_handshake_ends(play: Play) -> None:
     """A server that speaks first: its bytes wait for the ACK, and so does its FIN."""
     play(
@@ -386,6 +422,8 @@ def test_owner_may_abort_before_the_handshake_ends(play: Play) -> None:
 # -- no connection ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule(18)
+@pytest.mark.bug("zephyr 90086")
 def test_closed_port_is_refused_exactly(play: Play) -> None:
     """No connection, port not served (RFC 9293 3.10.7.1): each kind of segment has its own answer."""
     play("""
@@ -404,6 +442,8 @@ def test_closed_port_is_refused_exactly(play: Play) -> None:
     """)
 
 
+@pytest.mark.rule(17, 19, 29)
+@pytest.mark.bug("smoltcp c573e9b3", "gVisor 77dc0f5bc")
 def test_served_port_without_a_connection_is_silent_but_for_acks(play: Play) -> None:
     """LISTEN (RFC 9293 3.10.7.2) differs from CLOSED: what is neither SYN nor ACK nor RST is dropped silently."""
     play("""
@@ -422,6 +462,7 @@ def test_served_port_without_a_connection_is_silent_but_for_acks(play: Play) -> 
     """)
 
 
+@pytest.mark.rule(21)
 def test_draining_refuses_new_and_keeps_old(play: Play) -> None:
     """New connections are refused while we leave; those that are open go on."""
     play(
@@ -444,6 +485,8 @@ def test_draining_refuses_new_and_keeps_old(play: Play) -> None:
 @pytest.mark.parametrize("begin", [OPEN, OPEN_SACK, OPEN_STAMPS], ids=["plain", "sack", "stamps"])
 @pytest.mark.parametrize("app_initial", [0, 0x7FFFFFFF, 0xFFFFFFFE, 0xFFFFFFFF])
 @pytest.mark.parametrize("our_initial", [0, 0x7FFFFFFF, 0xFFFFFFFE, 0xFFFFFFFF])
+@pytest.mark.rule(38, 41)
+@pytest.mark.bug("smoltcp 25d4f7c5", "smoltcp 78fb02ac")
 def test_numbers_wrap_anywhere(play: Play, begin: str, app_initial: int, our_initial: int) -> None:
     """Sequence numbers are modulo 2**32 (RFC 9293 3.4): where a connection starts changes nothing."""
     stamp = "ts 1001 ecr 1" if begin == OPEN_STAMPS else ""

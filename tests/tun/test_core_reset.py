@@ -44,6 +44,7 @@ NEXT = {"ESTABLISHED": 1, "FIN_WAIT_1": 1, "FIN_WAIT_2": 1, "CLOSE_WAIT": 2, "CL
 
 
 @pytest.mark.parametrize("state", STATES)
+@pytest.mark.rule(32, 67)
 def test_exact_reset_ends_every_state(play: Play, state: str) -> None:
     """RFC 5961 3.2: only RCV.NXT exactly; both directions, at once, without a word."""
     book = play(
@@ -62,6 +63,8 @@ def test_exact_reset_ends_every_state(play: Play, state: str) -> None:
 
 
 @pytest.mark.parametrize("state", STATES)
+@pytest.mark.rule(32, 34)
+@pytest.mark.bug("smoltcp f6a73807", "gVisor 484ef1208", "lwIP 48170")
 def test_inexact_reset_is_challenged(play: Play, state: str) -> None:
     """In the window: asked to prove itself, twice a second at most; outside: silence."""
     following = NEXT[state]
@@ -78,6 +81,8 @@ def test_inexact_reset_is_challenged(play: Play, state: str) -> None:
     )
 
 
+@pytest.mark.rule(32, 34)
+@pytest.mark.bug("lwIP 48170", "smoltcp eae48052")
 def test_sweep_of_resets_finds_nothing(play: Play) -> None:
     """A blind attacker steps through the numbers: at most two answers a second, and no end."""
     script = "\n".join(f"app > R  {number}:{number}(0)" for number in range(2, 2**32, 2**32 // 500))
@@ -92,6 +97,7 @@ def test_sweep_of_resets_finds_nothing(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(34)
 def test_challenges_of_flows_do_not_depend_on_each_other(play: Play) -> None:
     """CVE-2016-5696: a limit shared between flows tells a third what it should not know."""
     from tun.testing.playbook import Playbook
@@ -115,6 +121,8 @@ def test_challenges_of_flows_do_not_depend_on_each_other(play: Play) -> None:
     """)
 
 
+@pytest.mark.rule(32)
+@pytest.mark.bug("gVisor 1727a24b2")
 def test_received_reset_drops_what_waits(play: Play) -> None:
     """Both directions are flushed: the owner must not take a truncated stream for a whole one."""
     book = play(
@@ -135,6 +143,8 @@ def test_received_reset_drops_what_waits(play: Play) -> None:
     assert book.stack.buffered_bytes == 0
 
 
+@pytest.mark.rule(18)
+@pytest.mark.scenario("tcp_linger")
 def test_abort_sends_the_reset_the_kernel_believes(play: Play) -> None:
     """With the next number exactly; and nothing after it."""
     play(
@@ -168,6 +178,7 @@ def test_reset_waits_for_the_device(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(18, 19)
 def test_reset_is_never_answered(play: Play) -> None:
     """Two stacks would answer each other for ever."""
     play(
@@ -182,6 +193,7 @@ def test_reset_is_never_answered(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(20)
 def test_stray_acks_are_answered_within_limits(play: Play) -> None:
     """Stateless answers are 500 a second at most, or our own packets thrown back at us would make a loop."""
     book = play("us  | none")

@@ -74,6 +74,7 @@ def fragments(packet: bytearray, size: int = 1480, identification: int = 5) -> l
         b"\x0a\x6b\0\0",
     ],
 )
+@pytest.mark.rule(3, 11)
 def test_impossible_sources_are_dropped(stack: Stack, source: bytes) -> None:
     """RFC 1122 3.2.1.3: no host has these, and answers to them would make loops."""
     for packet in (syn(source), echo(source=source), build_udp(source, ENDPOINT, 1, 2, b"x")):
@@ -82,6 +83,7 @@ def test_impossible_sources_are_dropped(stack: Stack, source: bytes) -> None:
     assert stack.drops == {"source": 3}
 
 
+@pytest.mark.rule(3)
 def test_only_this_host_and_its_guests_may_connect(stack: Stack) -> None:
     """Who uses this machine as a gateway is not its user."""
     stack.set_sources(frozenset((APP,)), [(4, 0xAC110000, 0xFFFF0000), (6, 0, 0)])
@@ -93,6 +95,7 @@ def test_only_this_host_and_its_guests_may_connect(stack: Stack) -> None:
     assert [flow.local for flow in stack.take_requests()] == [False, True]
 
 
+@pytest.mark.rule(3)
 def test_nobodys_address_is_unreachable(stack: Stack) -> None:
     """ICMP 3/1 at once (EHOSTUNREACH), from the address itself; silence would cost the app two minutes."""
     for packet in (syn(destination=NOBODY), echo(NOBODY), build_udp(APP, NOBODY, 1, 2, b"x")):
@@ -108,6 +111,7 @@ def test_nobodys_address_is_unreachable(stack: Stack) -> None:
 @pytest.mark.parametrize(
     "destination", [b"\xe0\0\0\xfb", b"\xff\xff\xff\xff", b"\x0a\x6b\xff\xff", b"\x0a\x6b\0\0", APP]
 )
+@pytest.mark.rule(3, 11)
 def test_what_is_not_for_us_is_dropped(stack: Stack, destination: bytes) -> None:
     """Multicast, broadcast, the gateway: kernels send such packets to every link; no error is ever sent about them."""
     source = b"\xac\x11\0\x05"
@@ -122,6 +126,7 @@ def test_version_6_is_counted(stack: Stack) -> None:
     assert stack.drops == {"ipv6": 1}
 
 
+@pytest.mark.rule(4)
 def test_unknown_protocol_is_answered(stack: Stack) -> None:
     """ICMP 3/2 (RFC 1122 3.2.2.1)."""
     (reply,) = give(stack, build_ipv4(APP, ENDPOINT, 132, 8) + bytes(8))
@@ -134,6 +139,7 @@ def test_unknown_protocol_is_answered(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 56, 1472, 20000, 65507])
+@pytest.mark.rule(9)
 def test_ping_is_answered(stack: Stack, size: int) -> None:
     """With the same identifier, number and data, up to the largest packet."""
     data = bytes(index & 0xFF for index in range(size))
@@ -146,6 +152,7 @@ def test_ping_is_answered(stack: Stack, size: int) -> None:
     assert stack.drops == {}
 
 
+@pytest.mark.rule(9)
 def test_damaged_ping_is_dropped(stack: Stack) -> None:
     """Every checksum is looked at, whoever vouches: the kernel never offloads ICMP's."""
     packet = echo()
@@ -155,6 +162,7 @@ def test_damaged_ping_is_dropped(stack: Stack) -> None:
     assert stack.drops == {"icmp_checksum": 1}
 
 
+@pytest.mark.rule(11)
 def test_pings_are_limited(stack: Stack) -> None:
     """A flood is answered a thousand times at once, and no more."""
     assert sum(len(give(stack, echo())) for _ in range(1500)) == 1000
@@ -162,6 +170,7 @@ def test_pings_are_limited(stack: Stack) -> None:
     assert len(give(stack, echo(), now=2.0)) == 1
 
 
+@pytest.mark.rule(10)
 def test_udp_is_unreachable(stack: Stack) -> None:
     """ICMP 3/3, quoting the datagram."""
     packet = build_udp(APP, ENDPOINT, 1234, 53, b"query")
@@ -182,6 +191,7 @@ def test_bad_udp_is_dropped(stack: Stack) -> None:
     assert stack.drops == {"udp_checksum": 1, "udp_length": 1}
 
 
+@pytest.mark.rule(11)
 def test_errors_are_limited_and_never_about_errors(stack: Stack) -> None:
     """RFC 1122 3.2.2 and a bucket of 50."""
     error = icmp.build_error(3, 1, APP, ENDPOINT, bytes(syn()))
@@ -194,6 +204,8 @@ def test_errors_are_limited_and_never_about_errors(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize("order", ["in order", "reversed", "doubled"])
+@pytest.mark.rule(6)
+@pytest.mark.scenario("ipv4_fragment_reassembly")
 def test_large_ping_in_fragments_is_answered(stack: Stack, order: str) -> None:
     """`ping -s 20000`, in any order; the same fragment twice is an overlap, and kills it."""
     pieces = fragments(echo(data=bytes(20000)))
@@ -215,6 +227,7 @@ def test_large_ping_in_fragments_is_answered(stack: Stack, order: str) -> None:
 
 
 @pytest.mark.parametrize("protocol", [6, 17])
+@pytest.mark.rule(6, 11)
 def test_other_fragments_are_dropped(stack: Stack, protocol: int) -> None:
     """The local kernel sets DF on TCP: fragments of it are an attack or a mistake."""
     packet = bytearray(syn() + bytes(3000)) if protocol == 6 else build_udp(APP, ENDPOINT, 1, 2, bytes(3000))
@@ -224,6 +237,7 @@ def test_other_fragments_are_dropped(stack: Stack, protocol: int) -> None:
     assert stack.take_requests() == []
 
 
+@pytest.mark.rule(6)
 def test_missing_fragment_is_waited_for_30_seconds(stack: Stack) -> None:
     """Then the first one is quoted back: time exceeded (RFC 792)."""
     first, *_ = fragments(echo(data=bytes(3000)))
@@ -238,6 +252,7 @@ def test_missing_fragment_is_waited_for_30_seconds(stack: Stack) -> None:
     assert stack.next_deadline() == float("inf")
 
 
+@pytest.mark.rule(6)
 def test_fragment_floods_are_bounded(stack: Stack) -> None:
     """FragmentSmack (CVE-2018-5391): endless beginnings, large and tiny; a normal ping goes on."""
     for index in range(3000):
@@ -256,6 +271,7 @@ def test_fragment_floods_are_bounded(stack: Stack) -> None:
 
 @settings(max_examples=150)
 @given(st.lists(st.tuples(st.integers(0, 8191), st.booleans(), st.integers(0, 3), st.binary(max_size=40)), max_size=30))
+@pytest.mark.rule(6)
 def test_any_fragments_are_survived(pieces: list[tuple[int, bool, int, bytes]]) -> None:
     """Offsets, lengths and ends that contradict each other."""
     stack = Stack(StackSettings(), b"k" * 32)
@@ -273,6 +289,7 @@ def test_any_fragments_are_survived(pieces: list[tuple[int, bool, int, bytes]]) 
 # -- TCP around the flows ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule(1, 14)
 def test_checksum_is_verified_unless_the_device_did(stack: Stack) -> None:
     """Bad: silent drop and a counter, never RST (RFC 9293 MUST-3)."""
     packet = syn()
@@ -285,6 +302,7 @@ def test_checksum_is_verified_unless_the_device_did(stack: Stack) -> None:
     assert len(stack.take_requests()) == 1
 
 
+@pytest.mark.rule(2)
 def test_prefix_and_padding_are_skipped(stack: Stack) -> None:
     """The device's bytes before, a link's padding behind."""
     stack.handle_packet(bytes(10) + bytes(syn()) + bytes(7), 10, False, 1.0)
@@ -293,6 +311,7 @@ def test_prefix_and_padding_are_skipped(stack: Stack) -> None:
     assert stack.drops == {}
 
 
+@pytest.mark.rule(7)
 def test_time_to_live_does_not_matter(stack: Stack) -> None:
     """We are the destination, not a router."""
     packet = syn()
@@ -305,6 +324,7 @@ def test_time_to_live_does_not_matter(stack: Stack) -> None:
     assert len(stack.take_requests()) == 1
 
 
+@pytest.mark.rule(5)
 def test_ip_options_are_ignored(stack: Stack) -> None:
     """They change where TCP begins, nothing else; the short way does not take them, the long one does."""
     tcp = bytes(syn()[20:])
@@ -321,6 +341,7 @@ def test_ip_options_are_ignored(stack: Stack) -> None:
     assert flow.destination == (ENDPOINT, 443)
 
 
+@pytest.mark.rule(21)
 def test_removed_endpoint_refuses_new_and_keeps_old(stack: Stack) -> None:
     """What is served is replaced as a whole; flows that live stay."""
     give(stack, syn())
@@ -336,6 +357,7 @@ def test_removed_endpoint_refuses_new_and_keeps_old(stack: Stack) -> None:
     assert reply[33] == 0x14
 
 
+@pytest.mark.rule(12)
 def test_packet_too_big_shrinks_segments_with_care(stack: Stack) -> None:
     """RFC 5927: only about bytes on the way, never below 536, never larger."""
     give(stack, syn())
@@ -390,6 +412,7 @@ def test_every_packet_is_accounted_for(stack: Stack) -> None:
 
 @settings(max_examples=300)
 @given(st.binary(max_size=100), st.integers(0, 12), st.booleans())
+@pytest.mark.rule(1)
 def test_any_bytes_are_survived(data: bytes, start: int, verified: bool) -> None:
     """Nothing the network sends raises."""
     stack = Stack(StackSettings(), b"k" * 32)

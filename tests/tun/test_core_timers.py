@@ -9,6 +9,9 @@ import pytest
 from tun.testing.playbook import OPEN, OPEN_SACK, OPEN_STAMPS, Play, tuned
 
 
+@pytest.mark.rule(47)
+@pytest.mark.bug("smoltcp 9b9f60b5", "smoltcp f09883d4")
+@pytest.mark.scenario("tcp_retransmits")
 def test_lost_data_is_resent_with_doubling_gaps(play: Play) -> None:
     """RFC 6298: 250 ms at least, then twice as long each time; only the first segment, not the window."""
     play(
@@ -26,6 +29,7 @@ def test_lost_data_is_resent_with_doubling_gaps(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(47, 49)
 def test_after_a_timeout_the_rest_follows_its_acks(play: Play) -> None:
     """Slow start from one segment (RFC 5681 3.1): what was lost with it is resent as ACKs come, SACKed bytes not."""
     play(
@@ -44,6 +48,8 @@ def test_after_a_timeout_the_rest_follows_its_acks(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(47)
+@pytest.mark.bug("smoltcp 13774ff2", "smoltcp a25c9f2f")
 def test_timer_restarts_with_every_new_ack(play: Play) -> None:
     """smoltcp let it run from the first segment."""
     play(
@@ -59,6 +65,8 @@ def test_timer_restarts_with_every_new_ack(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(47)
+@pytest.mark.scenario("tcp_user_timeout")
 def test_data_without_progress_gives_up_after_100_seconds(play: Play) -> None:
     """RFC 9293 3.8.3: R2 is at least 100 s. Then RST, since somebody may listen who only cannot answer."""
     book = play(
@@ -80,6 +88,7 @@ def test_data_without_progress_gives_up_after_100_seconds(play: Play) -> None:
     assert book.stack.timeouts == 1
 
 
+@pytest.mark.rule(47)
 def test_round_trip_decides_the_timeout(play: Play) -> None:
     """A slow app is waited for: SRTT + 4 RTTVAR (RFC 6298 2)."""
     book = play(
@@ -102,6 +111,7 @@ def test_round_trip_decides_the_timeout(play: Play) -> None:
 
 
 @pytest.mark.parametrize("begin", [OPEN, OPEN_STAMPS], ids=["plain", "stamps"])
+@pytest.mark.rule(47)
 def test_what_was_resent_is_not_measured(play: Play, begin: str) -> None:
     """Karn: nobody knows which sending was answered; the doubled timeout stays until a clean measurement."""
     stamp = "ts 1500 ecr 1" if begin == OPEN_STAMPS else ""
@@ -129,6 +139,7 @@ def test_what_was_resent_is_not_measured(play: Play, begin: str) -> None:
     assert book.flow.round_trip_s == 0.0
 
 
+@pytest.mark.rule(47)
 def test_decision_time_is_not_measured(play: Play) -> None:
     """The first round trip is SYN-ACK to ACK; how long the dial took is another matter."""
     book = play("""
@@ -143,6 +154,8 @@ def test_decision_time_is_not_measured(play: Play) -> None:
     assert book.flow.round_trip_s == 0.0
 
 
+@pytest.mark.rule(51)
+@pytest.mark.bug("Tailscale b0e63cbeb")
 def test_keepalive_finds_a_vanished_app(play: Play) -> None:
     """300 s of silence, then a question every 30 s; nine without an answer are enough."""
     script = "".join("        app < .  0:0(0) ack 1     +30s\n" for _ in range(8))
@@ -158,6 +171,7 @@ def test_keepalive_finds_a_vanished_app(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(51)
 def test_keepalive_is_content_with_any_sign(play: Play) -> None:
     """An answer starts the 300 s anew."""
     play(

@@ -13,6 +13,9 @@ from tun.wire.tcp import ACK, build_tcp
 # -- ours -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule(43)
+@pytest.mark.bug("smoltcp fe179c91", "gVisor 7ea2dcbae")
+@pytest.mark.scenario("tcp_rcv_buf_space", "tcp_zero_to_nonzero_window_update")
 def test_window_closes_when_nobody_reads(play: Play) -> None:
     """A reader that stops makes the app stop: we advertise zero, and say so when there is room again."""
     play(
@@ -34,6 +37,8 @@ def test_window_closes_when_nobody_reads(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(43)
+@pytest.mark.bug("gVisor 7ea2dcbae")
 def test_no_update_while_the_app_knows_of_enough(play: Play) -> None:
     """Each update costs the app an interrupt: none while the window it knows is not small (RFC 9293 3.8.6.2.2)."""
     play(
@@ -48,6 +53,8 @@ def test_no_update_while_the_app_knows_of_enough(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(44)
+@pytest.mark.bug("gVisor 91a283f8f")
 def test_zero_window_probe_is_answered(play: Play) -> None:
     """Empty from before the edge as Linux probes, or with a byte as the RFC says: each gets the window of now."""
     play(
@@ -69,6 +76,7 @@ def test_zero_window_probe_is_answered(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(44)
 def test_ack_in_a_probe_counts(play: Play) -> None:
     """RFC 9293 3.10.7.4: with a closed window valid ACKs are taken, or our own bytes would be resent for ever."""
     play(
@@ -88,6 +96,8 @@ def test_ack_in_a_probe_counts(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(31)
+@pytest.mark.bug("smoltcp 284a2c97")
 def test_bare_fin_is_taken_though_the_window_is_closed(play: Play) -> None:
     """Linux does so: else a FIN and our ACK chase each other until the reader wakes."""
     play(
@@ -106,6 +116,9 @@ def test_bare_fin_is_taken_though_the_window_is_closed(play: Play) -> None:
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2])
+@pytest.mark.rule(31)
+@pytest.mark.bug("smoltcp 9d532a7b")
+@pytest.mark.scenario("tcp_outside_the_window")
 def test_segments_at_and_beyond_the_right_edge(play: Play, offset: int) -> None:
     """Data, SYN and SYN-ACK from the edge on are answered, and not taken; an empty segment at the edge is fine."""
     edge = 2 + 65536 + offset
@@ -133,6 +146,8 @@ def test_segments_at_and_beyond_the_right_edge(play: Play, offset: int) -> None:
     play(script, begin=OPEN, settings=tuned(receive_buffer=65536))
 
 
+@pytest.mark.rule(31)
+@pytest.mark.bug("smoltcp f56ed8b4")
 def test_data_is_cut_at_the_right_edge(play: Play) -> None:
     """smoltcp once took what lay beyond; the FIN behind it goes with it, and comes again."""
     play(
@@ -155,6 +170,8 @@ def test_data_is_cut_at_the_right_edge(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(43)
+@pytest.mark.bug("lwIP 45559")
 def test_right_edge_never_moves_left(play: Play) -> None:
     """RFC 9293 SHLD-14: not by rounding, not by shrinking buffers, not when memory is short."""
     book = play("us  | flow ESTABLISHED", begin=OPEN)
@@ -190,6 +207,7 @@ def test_right_edge_never_moves_left(play: Play) -> None:
     assert flow.bytes_from_app == position - 1
 
 
+@pytest.mark.rule(43)
 def test_single_bytes_cannot_overfill_the_buffer(play: Play) -> None:
     """Rounding up the window by each byte must end: the buffer is a bound, whatever the scale."""
     book = play("us  | flow ESTABLISHED", begin=OPEN, settings=tuned(receive_buffer=65536))
@@ -229,6 +247,8 @@ def test_many_active_flows_get_smaller_buffers() -> None:
 # -- the app's --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rule(45)
+@pytest.mark.bug("smoltcp 2080152b")
 def test_segments_end_at_the_apps_window(play: Play) -> None:
     """A segment larger than the window is split, not dropped; what does not fit waits."""
     play(
@@ -243,6 +263,7 @@ def test_segments_end_at_the_apps_window(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(45)
 def test_silly_windows_are_not_filled(play: Play) -> None:
     """RFC 9293 3.8.6.2.1: less than a segment, less than half of the largest window, and more to come: wait."""
     play(
@@ -257,6 +278,8 @@ def test_silly_windows_are_not_filled(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(46)
+@pytest.mark.bug("lwIP 49533")
 def test_persist_timer_sends_what_a_small_window_takes(play: Play) -> None:
     """A window that stays small must not stop us for ever (lwIP bug 49533)."""
     play(
@@ -271,6 +294,9 @@ def test_persist_timer_sends_what_a_small_window_takes(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(46)
+@pytest.mark.bug("smoltcp ddc495ba", "lwIP 50837")
+@pytest.mark.scenario("tcp_zero_window_probe", "tcp_zero_window_probe_retransmit")
 def test_closed_window_is_probed(play: Play) -> None:
     """From 250 ms on, doubling to 60 s, for as long as somebody answers; a byte that it has, so it must answer."""
     play(
@@ -296,6 +322,7 @@ def test_closed_window_is_probed(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(46)
 def test_closed_window_is_probed_for_an_hour(play: Play) -> None:
     """RFC 9293 MUST-37: a stopped reader is no dead one."""
     book = play(
@@ -348,6 +375,8 @@ def test_patience_with_a_closed_window_is_not_kept_for_lost_data(play: Play) -> 
     )
 
 
+@pytest.mark.rule(46)
+@pytest.mark.scenario("tcp_zero_window_probe_usertimeout")
 def test_silence_behind_a_closed_window_ends(play: Play) -> None:
     """Nobody answers the probes for 100 s: it is gone, and its memory is wanted."""
     book = play(
@@ -370,6 +399,8 @@ def test_silence_behind_a_closed_window_ends(play: Play) -> None:
     assert book._outputs[-1].startswith("R. ")
 
 
+@pytest.mark.rule(46)
+@pytest.mark.scenario("tcp_zero_window_probe")
 def test_no_probe_without_data(play: Play) -> None:
     """A closed window is nobody's business while there is nothing to say."""
     play(
@@ -381,6 +412,7 @@ def test_no_probe_without_data(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(46, 50)
 def test_fin_does_not_wait_for_a_window(play: Play) -> None:
     """It takes no room; behind a closed window it must still be told (gVisor left such flows open for ever)."""
     play(
@@ -397,6 +429,8 @@ def test_fin_does_not_wait_for_a_window(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(50)
+@pytest.mark.bug("gVisor bcb259a28")
 def test_fin_behind_data_and_a_full_window(play: Play) -> None:
     """The state tells what was asked for at once; the FIN follows the data when the window opens."""
     play(
@@ -415,6 +449,9 @@ def test_fin_behind_data_and_a_full_window(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(36)
+@pytest.mark.bug("smoltcp e798dfdd")
+@pytest.mark.scenario("tcp_window_shrink")
 def test_window_taken_back(play: Play) -> None:
     """A right edge that moves left of what we sent (RFC 9293 MUST-34): nothing new, and recovery when it returns."""
     play(
@@ -436,6 +473,7 @@ def test_window_taken_back(play: Play) -> None:
     )
 
 
+@pytest.mark.rule(36)
 def test_older_window_does_not_replace_a_newer(play: Play) -> None:
     """RFC 9293 3.10.7.4: SND.WL1 and WL2 tell which is newer when packets change places."""
     book = play(

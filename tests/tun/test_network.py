@@ -144,6 +144,7 @@ async def test_refusing_what_was_accepted_changes_nothing(autojump_clock: MockCl
         assert flow.state == "ESTABLISHED"
 
 
+@pytest.mark.rule(27)
 async def test_a_request_whose_app_has_gone_is_cancelled(autojump_clock: MockClock) -> None:
     """A client that closes its socket while connecting says nothing; its SYNs just stop."""
     async with world() as there:
@@ -275,6 +276,7 @@ async def test_a_closed_flow_still_delivers_what_was_written(autojump_clock: Moc
         assert await read_all(app) == data
 
 
+@pytest.mark.rule(60)
 async def test_closing_without_reading_resets(autojump_clock: MockClock) -> None:
     """Those bytes reach nobody, and the app must know (RFC 2525 2.17)."""
     async with world() as there:
@@ -568,6 +570,7 @@ async def test_every_byte_arrives_through_faults_in_both_directions(autojump_clo
 
 
 @pytest.mark.parametrize("found_by", ["reading", "writing"])
+@pytest.mark.rule(68)
 async def test_flows_go_on_over_another_device(autojump_clock: MockClock, found_by: str) -> None:
     """An interface that was deleted is made anew; the connections do not notice more than a pause."""
     ours, apps = memory_pair()

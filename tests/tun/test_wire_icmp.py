@@ -33,6 +33,7 @@ def test_echo_is_answered_with_the_same_data(identifier: int, number: int, data:
 
 
 @given(st.binary(min_size=8, max_size=2000), st.sampled_from([1, 2, 3, 4]))
+@pytest.mark.rule(10)
 def test_error_quotes_what_fits(quoted: bytes, code: int) -> None:
     """At most 576 bytes in all (RFC 1812 4.3.2.3), never more than came: no amplifier."""
     packet = bytes(icmp.build_error(icmp.UNREACHABLE, code, B, A, quoted))

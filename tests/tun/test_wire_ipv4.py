@@ -65,6 +65,7 @@ def test_almost_headers_get_a_verdict(options: bytes, first: int) -> None:
     assert 0 <= judge(bytes(packet)) < len(verdict.NAMES)
 
 
+@pytest.mark.rule(1)
 def test_lengths_are_judged() -> None:
     """RFC 1122 3.2.1: each way of being too short, or of claiming too much."""
     packet = bytes(build_ipv4(b"\1\1\1\1", b"\2\2\2\2", 6, 4)) + b"data"
@@ -78,6 +79,7 @@ def test_lengths_are_judged() -> None:
     assert judge(packet[:2] + b"\0\x13" + packet[4:]) == verdict.TOTAL_LENGTH
 
 
+@pytest.mark.rule(1)
 def test_damaged_header_is_dropped() -> None:
     """Every single bit of it."""
     packet = bytes(build_ipv4(b"\1\1\1\1", b"\2\2\2\2", 6, 4)) + b"data"
@@ -103,6 +105,7 @@ def test_damaged_header_is_dropped() -> None:
         (b"\x89\7\4\1\2\3\4\0", verdict.SOURCE_ROUTE),
     ],
 )
+@pytest.mark.rule(5)
 def test_options_are_walked_in_bounds(options: bytes, expected: int) -> None:
     """Ignored, all but source routes, which would make us somebody's relay."""
     assert judge(with_options(options)) == expected
