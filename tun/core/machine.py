@@ -53,6 +53,7 @@ from tun.core.states import (
 from tun.seq import HALF, MASK, MODULUS
 from tun.wire.checksum import fold, pseudo_header_sum, sum16
 from tun.wire.ipv4 import PROTOCOL_TCP
+from tun.wire.ipv6 import build_ipv6
 from tun.wire.tcp import ACK, FIN, MAX_WINDOW_SCALE, PSH, RST, SYN, TIMESTAMP_LAYOUT, Segment, options
 
 Write = Callable[[bytearray | memoryview, Sequence[bytes | memoryview], int], bool]
@@ -67,6 +68,7 @@ WINDOW_SLACK: Final = 65536
 MIN_MSS: Final = 48  # Linux tcp_min_snd_mss; below it a peer makes us send headers (CVE-2019-11479)
 MAX_MSS: Final = 65495
 DEFAULT_MSS: Final = 536  # RFC 9293 MUST-15, for a SYN without the option
+DEFAULT_MSS_V6: Final = 1220  # the same over IPv6
 
 # RFC 6298: first timeout 1 s, at most 60 s. The minimum is Linux's 200 ms and some, for a scheduler in Python.
 FIRST_RTO_S: Final = 1.0
@@ -109,6 +111,7 @@ _PORTS: Final = Struct("!HH")
 _IP_PATCH: Final = Struct("!HIHH")  # total length; identification 0 and DF; TTL 64 and TCP; header checksum
 _TCP_PATCH: Final = Struct("!IIHHHH")
 _TCP_TS_PATCH: Final = Struct("!IIHHHHIII")
+_SHORT: Final = Struct("!H")  # payload length of IPv6
 _DF: Final = 0x4000
 _TTL_TCP: Final = 0x4006
 
@@ -228,6 +231,7 @@ class Flow:
         "_heard_at",
         "_host",
         "_interactive",
+        "_ip_length",
         "_ip_sum",
         "_keep_at",
         "_keep_probes",
@@ -328,7 +332,9 @@ class Flow:
         self.active_epoch: int = -1
 
         # What the SYN said.
-        offered = segment.mss if segment.mss > 0 else DEFAULT_MSS  # 0 counts as absent: somebody divides by it
+        self._ip_length: int = 20 if len(key) == 12 else 40
+        default = DEFAULT_MSS if self._ip_length == 20 else DEFAULT_MSS_V6
+        offered = segment.mss if segment.mss > 0 else default  # 0 counts as absent: somebody divides by it
         self.peer_mss: int = min(max(offered, MIN_MSS), MAX_MSS)
         scaling = segment.window_scale >= 0
         self._send_shift: int = min(segment.window_scale, MAX_WINDOW_SCALE) if scaling else 0  # RFC 7323 2.3
@@ -471,8 +477,8 @@ class Flow:
         """Take the request: owes the SYN-ACK. Only in SYN_PENDING."""
         self._move(states.ACCEPT)
         host = self._host
-        own = host.mtu - 40
-        self._header_length = 52 if self.ts_on else 40
+        own = host.mtu - self._ip_length - 20
+        self._header_length = self._ip_length + (32 if self.ts_on else 20)
         # The peer's MSS does not count options (RFC 6691), so they come off.
         self._mss = max(min(self.peer_mss, own) - (12 if self.ts_on else 0), 1)
         if host.offload:
@@ -740,8 +746,10 @@ class Flow:
         distance = (seq - self.snd_una) & MASK
         if self.state < ESTABLISHED or self.closed or distance >= self.snd_nxt - self.snd_una:
             return False
-        # RFC 1191 lets a path shrink to 68; what claims less than 536 is more likely an attack (RFC 5927 7).
-        mss = max(mtu - 40, 536 - 40) - (12 if self.ts_on else 0)
+        # RFC 1191 lets a path shrink to 68; what claims less than 536 is more likely an attack (RFC 5927 7). No link
+        # of IPv6 is below 1280 (RFC 8200 5).
+        least = 536 if self._ip_length == 20 else 1280
+        mss = max(mtu, least) - self._ip_length - 20 - (12 if self.ts_on else 0)
         if mss >= self._mss:
             return False
         self._mss = mss
@@ -878,15 +886,20 @@ class Flow:
         window = self._window()
         length = self._header_length
         total = length + count
-        check = self._ip_sum + total
-        check = (check & 0xFFFF) + (check >> 16)
-        _IP_PATCH.pack_into(header, 2, total, _DF, _TTL_TCP, ~check & 0xFFFF)
+        if length < 60:
+            check = self._ip_sum + total
+            check = (check & 0xFFFF) + (check >> 16)
+            _IP_PATCH.pack_into(header, 2, total, _DF, _TTL_TCP, ~check & 0xFFFF)
+            patch = 24
+        else:
+            _SHORT.pack_into(header, 4, total - 40)
+            patch = 44
         pseudo = self._pseudo_sum + total
         pseudo = (pseudo & 0xFFFF) + (pseudo >> 16)
-        if length == 52:
+        if self.ts_on:
             _TCP_TS_PATCH.pack_into(
                 header,
-                24,
+                patch,
                 position & MASK,
                 rcv_nxt & MASK,
                 0x8000 | flags,
@@ -898,7 +911,7 @@ class Flow:
                 self.ts_recent,
             )
         else:
-            _TCP_PATCH.pack_into(header, 24, position & MASK, rcv_nxt & MASK, 0x5000 | flags, window, pseudo, 0)
+            _TCP_PATCH.pack_into(header, patch, position & MASK, rcv_nxt & MASK, 0x5000 | flags, window, pseudo, 0)
         if not write(header, views, self._mss if count > self._mss else 0):
             return False
         self._said_ack(window)
@@ -1017,7 +1030,7 @@ class Flow:
         if self._syn_ack_owed:
             # Never scaled in a SYN (RFC 7323 2.2), and never less than in the one before.
             window = min(max(self._host.budget.receive_cap, self.rcv_edge - self.rcv_nxt), 65535)
-            own = min(self._host.mtu - 40, MAX_MSS)
+            own = min(self._host.mtu - self._ip_length - 20, MAX_MSS)
             extra = options(
                 mss=own,
                 window_scale=WINDOW_SCALE if self._receive_shift else -1,
@@ -1590,7 +1603,7 @@ class Flow:
             return
         if self.state == SYN_PENDING:
             # Nothing was said yet: RST with ACK and sequence 0 is the form of "refused".
-            self._header_length = 40
+            self._header_length = self._ip_length + 20
             self._build_template()
             self.snd_una = self.snd_nxt = self.snd_edge = 0
         self._end(states.ABORT, failure)
@@ -1637,26 +1650,33 @@ class Flow:
         source, source_port = self.destination
         destination, destination_port = self.source
         header = bytearray(self._header_length)
-        _IP_FIXED.pack_into(header, 0, 0x45, 0, 0, _DF, _TTL_TCP, 0, source, destination)
-        _PORTS.pack_into(header, 20, source_port, destination_port)
+        ip_length = self._ip_length
+        if ip_length == 20:
+            _IP_FIXED.pack_into(header, 0, 0x45, 0, 0, _DF, _TTL_TCP, 0, source, destination)
+            self._ip_sum = sum16(header[:20])
+        else:
+            header[:40] = build_ipv6(source, destination, PROTOCOL_TCP, 0)
+        _PORTS.pack_into(header, ip_length, source_port, destination_port)
         self._header = header
-        self._ip_sum = sum16(header[:20])
-        # `_emit` adds the whole length of the packet to either sum, so the IP header's 20 bytes come off here.
-        self._pseudo_sum = fold(pseudo_header_sum(source, destination, PROTOCOL_TCP, 0) + 0xFFFF - 20)
+        # `_emit` adds the whole length of the packet to either sum, so the IP header's bytes come off here.
+        self._pseudo_sum = fold(pseudo_header_sum(source, destination, PROTOCOL_TCP, 0) + 0xFFFF - ip_length)
 
     def _packet(self, position: int, ack: int, flags: int, window: int, extra: bytes) -> bytearray:
         """A segment out of the ordinary, with options of its own; the checksum field holds the pseudo-header sum."""
-        length = 40 + len(extra)
+        ip_length = self._ip_length
+        length = ip_length + 20 + len(extra)
         packet = bytearray(length)
-        packet[:20] = self._header[:20]
-        check = self._ip_sum + length
-        check = (check & 0xFFFF) + (check >> 16)
-        _IP_PATCH.pack_into(packet, 2, length, _DF, _TTL_TCP, ~check & 0xFFFF)
+        packet[: ip_length + 4] = self._header[: ip_length + 4]
+        if ip_length == 20:
+            check = self._ip_sum + length
+            check = (check & 0xFFFF) + (check >> 16)
+            _IP_PATCH.pack_into(packet, 2, length, _DF, _TTL_TCP, ~check & 0xFFFF)
+        else:
+            _SHORT.pack_into(packet, 4, length - 40)
         pseudo = self._pseudo_sum + length
         pseudo = (pseudo & 0xFFFF) + (pseudo >> 16)
-        packet[20:24] = self._header[20:24]
         _TCP_PATCH.pack_into(
-            packet, 24, position & MASK, ack & MASK, (20 + len(extra)) << 10 | flags, window, pseudo, 0
+            packet, ip_length + 4, position & MASK, ack & MASK, (20 + len(extra)) << 10 | flags, window, pseudo, 0
         )
-        packet[40:] = extra
+        packet[ip_length + 20 :] = extra
         return packet

@@ -12,8 +12,9 @@ Packets are judged in the order of cost: the flow that a packet belongs to is fo
 cut from it, and what was to be expected takes the flow's short way. Everything else walks through the checks of RFC
 1122 and ends in exactly one of: taken, answered, dropped and counted under one reason.
 
-Addresses are bytes of 4 (later also 16); nothing here asks the operating system anything. Nothing the network sends
-raises. Memory is bounded: flows, requests, half-open flows, TIME-WAIT records, fragments and the bytes in all buffers.
+Addresses are bytes of 4 or 16, and a flow's key has 12 or 36: both versions share one table. Nothing here asks the
+operating system anything. Nothing the network sends raises. Memory is bounded: flows, requests, half-open flows,
+TIME-WAIT records, fragments, datagrams and the bytes in all buffers.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from tun.core.machine import CHALLENGE_INTERVAL_S, Flow, Host, Write
 from tun.core.states import SYN_PENDING, TIME_WAIT
 from tun.errors import BadPacket
 from tun.seq import HALF, MASK, diff
-from tun.wire import icmp, verdict
+from tun.wire import icmp, icmpv6, verdict
 from tun.wire.ipv4 import (
     FLAG_DF,
     PROTOCOL_ICMP,
@@ -41,6 +42,7 @@ from tun.wire.ipv4 import (
     Ipv4Header,
     parse_ipv4,
 )
+from tun.wire.ipv6 import PROTOCOL_ICMPV6, UNKNOWN_NEXT_HEADER, Ipv6Header, parse_ipv6, walk_extensions
 from tun.wire.tcp import (
     ACK,
     FIN,
@@ -54,15 +56,22 @@ from tun.wire.tcp import (
     parse_tcp,
     verify_tcp,
 )
-from tun.wire.udp import Datagram, parse_udp, verify_udp
+from tun.wire.udp import Datagram, build_udp, parse_udp, verify_udp
 
-__all__ = ["Flow", "Stack", "StackSettings"]
+__all__ = ["Flow", "ReceivedDatagram", "Stack", "StackSettings"]
 
 # First byte, total length, fragment, protocol, key (addresses and ports), seq, ack, offset and flags, window.
 _EXPECTED: Final = Struct("!BxHxxHxBxx12sIIHH")
+# First byte, payload length, next header, key (addresses and ports), seq, ack, offset and flags, window.
+_EXPECTED_V6: Final = Struct("!B3xHBx36sIIHH")
 _TIMESTAMP: Final = Struct("!III")
 _PORTS: Final = Struct("!HH")
 _ANY_FRAGMENT: Final = 0xFFFF ^ FLAG_DF ^ 0x8000
+
+# Datagrams that wait for their service, in one batch; each is as large as its packet.
+_MAX_DATAGRAMS: Final = 256
+_NO_PORTS: Final[frozenset[int]] = frozenset()
+_MAPPED: Final = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96 stands for IPv4 and is never on a wire
 
 # Above this share of all buffers a flow may hold little; see `_set_caps`.
 _TIGHT: Final = 0.75
@@ -90,6 +99,7 @@ class StackSettings:
         buffers: bytes that all flows may hold.
         gateway: this host's address on the link.
         network, mask: the subnet whose addresses are ours to answer for, as integers.
+        gateway6, network6, mask6: the same for IPv6; with mask 0 there is none, and its packets are dropped.
         ack_delay: how long an ACK may wait for an answer to ride on.
     """
 
@@ -106,6 +116,9 @@ class StackSettings:
     gateway: bytes = b"\x0a\x6b\x00\x01"
     network: int = 0x0A6B0000
     mask: int = 0xFFFF0000
+    gateway6: bytes = b""
+    network6: int = 0
+    mask6: int = 0
     ack_delay: float = 0.02
     keepalive_idle: float = 300.0
     keepalive_interval: float = 30.0
@@ -144,6 +157,22 @@ class TokenBucket:
         return True
 
 
+class ReceivedDatagram:
+    """A UDP datagram for a registered service.
+
+    Attributes:
+        source, destination: packed address and port.
+        payload: a view on the packet.
+    """
+
+    __slots__ = ("destination", "payload", "source")
+
+    def __init__(self, source: tuple[bytes, int], destination: tuple[bytes, int], payload: memoryview) -> None:
+        self.source: tuple[bytes, int] = source
+        self.destination: tuple[bytes, int] = destination
+        self.payload: memoryview = payload
+
+
 class Stack:
     """The host: see the module's text for how it is driven.
 
@@ -158,12 +187,15 @@ class Stack:
     __slots__ = (
         "_allowed",
         "_datagram",
+        "_datagrams",
         "_draining",
         "_echo_limit",
         "_epoch",
         "_epoch_flows",
         "_error_limit",
         "_header",
+        "_header4",
+        "_header6",
         "_host",
         "_local",
         "_reassembler",
@@ -179,6 +211,7 @@ class Stack:
         "_stray_limit",
         "_table",
         "_tight",
+        "_udp_served",
         "aborted",
         "accepted",
         "cancelled",
@@ -211,7 +244,11 @@ class Stack:
         self._replies: list[bytearray] = []
         self._reassembler: Reassembler = Reassembler()
 
-        self._header: Ipv4Header = Ipv4Header()
+        self._header4: Ipv4Header = Ipv4Header()
+        self._header6: Ipv6Header = Ipv6Header()
+        self._header: Ipv4Header | Ipv6Header = self._header4  # the last packet's
+        self._udp_served: Mapping[bytes, frozenset[int]] = {}
+        self._datagrams: list[ReceivedDatagram] = []
         self._segment: Segment = Segment()
         self._datagram: Datagram = Datagram()
 
@@ -292,6 +329,10 @@ class Stack:
         """Replace the addresses and ports that are answered for; live flows stay. The mapping must not change later."""
         self._served = served
 
+    def set_udp_served(self, served: Mapping[bytes, frozenset[int]]) -> None:
+        """Replace the addresses and ports where a UDP service listens; everywhere else a port is unreachable."""
+        self._udp_served = served
+
     def set_draining(self, draining: bool) -> None:
         """While draining every new SYN is refused; live flows go on."""
         self._draining = draining
@@ -344,7 +385,34 @@ class Stack:
                         and flow.handle_predicted(packet, start + 40, start + total, seq, ack, window, 0, now)
                     ):
                         return
+            elif first >> 4 == 6 and available >= 60 and self._handle_expected_v6(packet, start, verified, now):
+                return
         self._handle_ip(packet, start, verified, now)
+
+    def _handle_expected_v6(self, packet: bytes, start: int, verified: bool, now: float) -> bool:
+        """The short way for IPv6 without extension headers, as for IPv4 in `handle_packet`. Returns: was it taken?"""
+        _, payload, protocol, key, seq, ack, offset_flags, window = _EXPECTED_V6.unpack_from(packet, start)
+        flow = self.flows.get(key)
+        at = start + 40
+        end = at + payload
+        if (
+            flow is None
+            or protocol != PROTOCOL_TCP
+            or not flow.predict
+            or offset_flags & 0x37 != ACK
+            or end > len(packet)
+            or not (verified or verify_tcp(packet, at, end, key[:16], key[16:32]))
+        ):
+            return False
+        words = offset_flags >> 12
+        if not flow.ts_on:
+            return (
+                words == 5 and payload >= 20 and flow.handle_predicted(packet, at + 20, end, seq, ack, window, 0, now)
+            )
+        if words != 8 or payload < 32:
+            return False
+        layout, value, _ = _TIMESTAMP.unpack_from(packet, at + 20)
+        return layout == TIMESTAMP_LAYOUT and flow.handle_predicted(packet, at + 32, end, seq, ack, window, value, now)
 
     def handle_timeout(self, now: float) -> None:
         """Do what is due at `now`; flows that owe something afterwards are touched."""
@@ -357,12 +425,14 @@ class Stack:
         host.compact(len(self.flows))
         self._table.expire(now)
         for first in self._reassembler.expire(now):
-            if self._error_limit.take(now):
-                self._reply(
-                    icmp.build_error(
-                        icmp.TIME_EXCEEDED, icmp.TIME_EXCEEDED_REASSEMBLY, first[16:20], first[12:16], first
-                    )
-                )
+            if not self._error_limit.take(now):
+                continue
+            if first[0] >> 4 == 4:
+                kind, code = icmp.TIME_EXCEEDED, icmp.TIME_EXCEEDED_REASSEMBLY
+                self._reply(icmp.build_error(kind, code, first[16:20], first[12:16], first))
+            else:
+                kind, code = icmpv6.TIME_EXCEEDED, icmpv6.TIME_EXCEEDED_REASSEMBLY
+                self._reply(icmpv6.build_error(kind, code, first[24:40], first[8:24], first))
         if now >= self._relief_at:
             self._relieve(now)
 
@@ -388,6 +458,12 @@ class Stack:
         replies = self._replies
         self._replies = []
         return replies
+
+    def take_datagrams(self) -> list[ReceivedDatagram]:
+        """Datagrams for registered services since the last call. Nobody owes an answer; see `reply_datagram`."""
+        datagrams = self._datagrams
+        self._datagrams = []
+        return datagrams
 
     def flush(self, flow: Flow, write: Write, now: float) -> bool:
         """Send what a flow owes.
@@ -459,6 +535,20 @@ class Stack:
         )
         self._after(flow, now)
 
+    def reply_datagram(self, datagram: ReceivedDatagram, payload: bytes | memoryview) -> None:
+        """Answer a datagram, from where it was sent to: the answer is among the replies.
+
+        Args:
+            payload: at most 65507 bytes. More than the MTU holds goes out in one piece; the local kernel takes it.
+
+        Raises: ValueError when `payload` is longer.
+        """
+        if len(payload) > 65507:
+            raise ValueError(f"a datagram of {len(payload)} bytes")
+        source, source_port = datagram.destination
+        destination, destination_port = datagram.source
+        self._reply(build_udp(source, destination, source_port, destination_port, payload))
+
     def abort_all(self, now: float) -> None:
         """End every flow; those that can be told owe a RST. For the end of the device or of us."""
         for flow in list(self.flows.values()):
@@ -477,9 +567,9 @@ class Stack:
             host.drop("short")
             return
         if packet[start] >> 4 == 6:
-            host.drop("ipv6")
+            self._handle_ipv6(packet, start, verified, now)
             return
-        header = self._header
+        header = self._header = self._header4
         judgement = parse_ipv4(packet, start, header)
         if judgement != verdict.OK:
             host.drop(verdict.NAMES[judgement])
@@ -488,7 +578,8 @@ class Stack:
         end = start + header.total_length
         protocol = header.protocol
         if header.more_fragments or header.fragment:
-            self._handle_fragment(packet, start, transport, end, now)
+            key = packet[start + 12 : start + 20] + packet[start + 4 : start + 6]
+            self._handle_fragment(key, packet, start, transport, end, now)
         elif protocol == PROTOCOL_TCP:
             self._handle_tcp(packet, start, transport, end, verified, now)
         elif protocol == PROTOCOL_ICMP:
@@ -499,6 +590,52 @@ class Stack:
             host.drop("protocol")
             self._error(icmp.UNREACHABLE_PROTOCOL, packet, start, end, now)
 
+    def _handle_ipv6(self, packet: bytes, start: int, verified: bool, now: float) -> None:
+        host = self._host
+        if not self._settings.mask6:
+            host.drop("ipv6")
+            return
+        header = self._header = self._header6
+        judgement = parse_ipv6(packet, start, header)
+        if judgement != verdict.OK:
+            host.drop(verdict.NAMES[judgement])
+            return
+        end = start + header.total_length
+        if header.destination[0] == 0xFF:
+            # Router solicitations, listener reports, mDNS: what a kernel tells every link. No error is sent about
+            # any of it, not even where RFC 4443 2.4 (e.3) would allow one: we have no address there to send it from.
+            host.drop("multicast")
+            return
+        judgement = walk_extensions(packet, start, header)
+        if judgement != verdict.OK:
+            if judgement != verdict.PARAMETER:
+                host.drop(verdict.NAMES[judgement])
+            elif self._may_answer(packet, start, end, now):
+                self._parameter_problem(packet, start, end, now)
+            return
+        transport = start + header.header_length
+        protocol = header.protocol
+        if header.more_fragments or header.fragment:
+            key = packet[start + 8 : start + 40] + header.identification.to_bytes(4, "big")
+            self._handle_fragment(key, packet, start, transport, end, now)
+        elif protocol == PROTOCOL_TCP:
+            self._handle_tcp(packet, start, transport, end, verified, now)
+        elif protocol == PROTOCOL_ICMPV6:
+            self._handle_icmp(packet, start, transport, end, now)
+        elif protocol == PROTOCOL_UDP:
+            self._handle_udp(packet, start, transport, end, verified, now)
+        elif self._may_answer(packet, start, end, now):
+            self._parameter_problem(packet, start, end, now)
+
+    def _parameter_problem(self, packet: bytes, start: int, end: int, now: float) -> None:
+        """Say what of a packet's headers we cannot take (RFC 4443 3.4)."""
+        header = self._header6
+        self._host.drop("protocol" if header.problem_code == UNKNOWN_NEXT_HEADER else "parameter")
+        if self._error_limit.take(now):
+            quoted = packet[start : min(end, start + icmpv6.MIN_MTU)]
+            kind, code, pointer = icmpv6.PARAMETER_PROBLEM, header.problem_code, header.problem_pointer
+            self._reply(icmpv6.build_error(kind, code, header.destination, header.source, quoted, pointer=pointer))
+
     def _may_answer(self, packet: bytes, start: int, end: int, now: float) -> bool:
         """Source and destination of a packet without a flow: is it from somebody we talk to, for an address we have?
 
@@ -508,44 +645,78 @@ class Stack:
         if not self._source_ok(header.source):
             self._host.drop("source")
             return False
-        if header.destination in self._served:
+        if header.destination in self._served or header.destination in self._udp_served:
             return True
-        address = int.from_bytes(header.destination, "big")
-        settings = self._settings
-        last = settings.network | (~settings.mask & MASK)
-        if (
-            address & settings.mask != settings.network
-            or address in (settings.network, last)
-            or header.destination == settings.gateway
-        ):
+        if not self._is_nobodys(header.destination):
             # Multicast, broadcast, somebody else's: the kernel sends such packets to every link.
             self._host.drop("destination")
             return False
         self._host.drop("no_host")
-        if header.protocol != PROTOCOL_ICMP or packet[start + header.header_length] == icmp.ECHO_REQUEST:
+        kind = packet[start + header.header_length] if header.header_length < header.total_length else 0
+        # Never an error about an error (RFC 1122 3.2.2, RFC 4443 2.4 e).
+        if header.protocol == PROTOCOL_ICMP and len(header.source) == 4:
+            about = kind == icmp.ECHO_REQUEST
+        else:
+            about = header.protocol != PROTOCOL_ICMPV6 or kind >= icmpv6.ECHO_REQUEST or len(header.source) == 4
+        if about:
             self._error(icmp.UNREACHABLE_HOST, packet, start, end, now)
         return False
+
+    def _is_nobodys(self, destination: bytes) -> bool:
+        """Is an address that nobody has here one that somebody could have?"""
+        settings = self._settings
+        address = int.from_bytes(destination, "big")
+        if len(destination) == 4:
+            last = settings.network | (~settings.mask & MASK)
+            return (
+                address & settings.mask == settings.network
+                and address not in (settings.network, last)
+                and destination != settings.gateway
+            )
+        return (
+            address & settings.mask6 == settings.network6
+            and address != settings.network6
+            and destination != settings.gateway6
+        )
 
     def _source_ok(self, source: bytes) -> bool:
         """RFC 1122 3.2.1.3, and who may: a source is a host, not one of ours, and local or allowed."""
         first = source[0]
-        if first == 0 or first == 127 or first >= 224 or source in self._served:
+        if source in self._served or source in self._udp_served:
             return False
         settings = self._settings
         address = int.from_bytes(source, "big")
-        if address in (settings.network, settings.network | (~settings.mask & MASK)):
-            return False
+        version = 4
+        if len(source) == 4:
+            if first == 0 or first == 127 or first >= 224:
+                return False
+            if address in (settings.network, settings.network | (~settings.mask & MASK)):
+                return False
+        else:
+            version = 6
+            # Unspecified, loopback, multicast, IPv4 in disguise (RFC 4291 2.5.2, 2.5.3, 2.7, 2.5.5.2).
+            if address <= 1 or first == 0xFF or source[:12] == _MAPPED or address == settings.network6:
+                return False
         local = self._local
         if local is None or source in local:
             return True
-        return any(version == 4 and address & mask == network for version, network, mask in self._allowed)
+        return any(of == version and address & mask == network for of, network, mask in self._allowed)
 
     def _error(self, code: int, packet: bytes, start: int, end: int, now: float) -> None:
-        """ "Destination unreachable", from the address that was asked for: the kernel drops what comes from its own."""
+        """ "Destination unreachable", from the address that was asked for: the kernel drops what comes from its own.
+
+        Args:
+            code: ICMP's for IPv4, which is translated where the packet is of version 6.
+        """
         if self._error_limit.take(now):
             header = self._header
-            quoted = packet[start : min(end, start + 576)]
-            self._reply(icmp.build_error(icmp.UNREACHABLE, code, header.destination, header.source, quoted))
+            if len(header.source) == 4:
+                quoted = packet[start : min(end, start + 576)]
+                self._reply(icmp.build_error(icmp.UNREACHABLE, code, header.destination, header.source, quoted))
+            else:
+                quoted = packet[start : min(end, start + icmpv6.MIN_MTU)]
+                code = icmpv6.UNREACHABLE_PORT if code == icmp.UNREACHABLE_PORT else icmpv6.UNREACHABLE_ADDRESS
+                self._reply(icmpv6.build_error(icmpv6.UNREACHABLE, code, header.destination, header.source, quoted))
 
     def _reply(self, packet: bytearray) -> None:
         self.replies_sent += 1
@@ -554,28 +725,38 @@ class Stack:
     # -- ICMP, UDP, fragments -----------------------------------------------------------------------------------------
 
     def _handle_icmp(self, packet: bytes, start: int, at: int, end: int, now: float) -> None:
-        if not icmp.verify_icmp(packet, at, end):
+        header = self._header
+        if len(header.source) == 4:
+            good = icmp.verify_icmp(packet, at, end)
+            echo, too_big = icmp.ECHO_REQUEST, icmp.UNREACHABLE
+        else:
+            good = icmpv6.verify_icmpv6(packet, at, end, header.source, header.destination)
+            echo, too_big = icmpv6.ECHO_REQUEST, icmpv6.PACKET_TOO_BIG
+        if not good:
             self._host.drop("icmp_checksum")
             return
         kind = packet[at]
-        if kind == icmp.UNREACHABLE:
-            self._handle_unreachable(packet, at, end)
+        if kind == too_big:
+            self._handle_too_big(packet, at, end)
         elif self._may_answer(packet, start, end, now):
-            if kind == icmp.ECHO_REQUEST:
+            if kind == echo:
                 self._answer_echo(memoryview(packet)[at:end], now)
             else:
                 self._host.drop("icmp")
 
     def _answer_echo(self, message: bytes | memoryview, now: float) -> None:
         if self._echo_limit.take(now):
-            self._reply(icmp.build_echo_reply(self._header.destination, self._header.source, message))
+            header = self._header
+            build = icmp.build_echo_reply if len(header.source) == 4 else icmpv6.build_echo_reply
+            self._reply(build(header.destination, header.source, message))
         else:
             self._host.drop("echo_limit")
 
-    def _handle_unreachable(self, packet: bytes, at: int, end: int) -> None:
+    def _handle_too_big(self, packet: bytes, at: int, end: int) -> None:
         """Errors about our segments: only "too big" changes anything; the others are soft (RFC 9293 MUST-56)."""
+        version = 4 if len(self._header.source) == 4 else 6
         try:
-            quoted = icmp.parse_quoted_tcp(packet, at, end)
+            quoted = (icmp if version == 4 else icmpv6).parse_quoted_tcp(packet, at, end)
         except BadPacket:
             self._host.drop("icmp")
             return
@@ -583,32 +764,42 @@ class Stack:
         flow = self.flows.get(key)
         if (
             flow is None
-            or packet[at + 1] != icmp.FRAGMENTATION_NEEDED
+            or (version == 4 and packet[at + 1] != icmp.FRAGMENTATION_NEEDED)
             or not flow.handle_quoted(quoted.seq, quoted.mtu)
         ):
             self._host.drop("icmp")
 
     def _handle_udp(self, packet: bytes, start: int, at: int, end: int, verified: bool, now: float) -> None:
         header = self._header
-        judgement = parse_udp(packet, at, end, self._datagram)
+        datagram = self._datagram
+        judgement = parse_udp(packet, at, end, datagram)
         if judgement != verdict.OK:
             self._host.drop(verdict.NAMES[judgement])
-        elif not verified and not verify_udp(packet, at, self._datagram.data_end, header.source, header.destination):
+        elif not verified and not verify_udp(packet, at, datagram.data_end, header.source, header.destination):
             self._host.drop("udp_checksum")
         elif self._may_answer(packet, start, end, now):
-            self._host.drop("udp")
-            self._error(icmp.UNREACHABLE_PORT, packet, start, end, now)
+            if datagram.destination_port not in self._udp_served.get(header.destination, _NO_PORTS):
+                self._host.drop("udp")
+                self._error(icmp.UNREACHABLE_PORT, packet, start, end, now)
+            elif len(self._datagrams) >= _MAX_DATAGRAMS or not datagram.source_port:
+                self._host.drop("udp_limit" if datagram.source_port else "udp")  # port 0 wants no answer (RFC 768)
+            else:
+                source = (header.source, datagram.source_port)
+                destination = (header.destination, datagram.destination_port)
+                payload = memoryview(packet)[datagram.data_start : datagram.data_end]
+                self._datagrams.append(ReceivedDatagram(source, destination, payload))
 
-    def _handle_fragment(self, packet: bytes, start: int, at: int, end: int, now: float) -> None:
+    def _handle_fragment(self, key: bytes, packet: bytes, start: int, at: int, end: int, now: float) -> None:
+        """A part of a packet: of an echo it is kept, of anything else it is dropped."""
         header = self._header
-        if header.protocol != PROTOCOL_ICMP:
+        version4 = len(header.source) == 4
+        if header.protocol != (PROTOCOL_ICMP if version4 else PROTOCOL_ICMPV6):
             self._host.drop("fragment")
             return
         if not self._source_ok(header.source) or header.destination not in self._served:
             self._host.drop("fragment")
             return
         reassembler = self._reassembler
-        key = packet[start + 12 : start + 20] + packet[start + 4 : start + 6]
         dropped = reassembler.dropped
         message = reassembler.add(
             key, header.fragment, header.more_fragments, packet[at:end], packet[start : min(at + 8, end)], now
@@ -617,10 +808,17 @@ class Stack:
             self._host.drop("fragment")
         if message is None:
             return
-        if not icmp.verify_icmp(message, 0, len(message)) or message[0] != icmp.ECHO_REQUEST:
-            self._host.drop("icmp")
+        if version4:
+            good = icmp.verify_icmp(message, 0, len(message)) and message[0] == icmp.ECHO_REQUEST
         else:
+            good = (
+                icmpv6.verify_icmpv6(message, 0, len(message), header.source, header.destination)
+                and message[0] == icmpv6.ECHO_REQUEST
+            )
+        if good:
             self._answer_echo(message, now)
+        else:
+            self._host.drop("icmp")
 
     # -- TCP ----------------------------------------------------------------------------------------------------------
 
@@ -674,7 +872,7 @@ class Stack:
             self._host.drop("stray_ack")
             self._reset(now)
             return
-        served = segment.destination_port in self._served[header.destination]
+        served = segment.destination_port in self._served.get(header.destination, _NO_PORTS)
         if not flags & SYN:
             # LISTEN is silent where CLOSED is not.
             self._host.drop("stray")

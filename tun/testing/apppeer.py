@@ -14,6 +14,7 @@ to the first gap, and there is no congestion control.
 from __future__ import annotations
 
 import math
+import socket
 from collections.abc import Callable
 from typing import Final
 
@@ -23,6 +24,8 @@ from tun.device.base import Device
 from tun.seq import MASK, unwrap
 from tun.wire import verdict
 from tun.wire.ipv4 import PROTOCOL_ICMP, PROTOCOL_TCP, Ipv4Header, parse_ipv4
+from tun.wire.ipv6 import HEADER_LENGTH as IPV6_HEADER_LENGTH
+from tun.wire.ipv6 import PROTOCOL_ICMPV6, Ipv6Header, parse_ipv6, walk_extensions
 from tun.wire.tcp import ACK, FIN, PSH, RST, SYN, Segment, build_tcp, options, parse_tcp, verify_tcp
 
 SYN_RETRY_S: Final = 1.0
@@ -35,8 +38,17 @@ Address = tuple[str, int]
 
 
 def address_bytes(text: str) -> bytes:
-    """Four bytes of a dotted address."""
+    """The bytes of an address: four of a dotted one, sixteen of one with colons."""
+    if ":" in text:
+        return socket.inet_pton(socket.AF_INET6, text)
     return bytes(int(part) for part in text.split("."))
+
+
+def parse(packet: bytes, header: Ipv4Header | Ipv6Header) -> int:
+    """Judge the IP header that `packet` starts with, of the version that `header` is for. Returns: a verdict."""
+    if isinstance(header, Ipv4Header):
+        return parse_ipv4(packet, 0, header)
+    return parse_ipv6(packet, 0, header) or walk_extensions(packet, 0, header)
 
 
 class AppPeer:
@@ -112,7 +124,7 @@ class AppPeer:
         self._dups = 0
         self._packets: list[bytes] = []
         self._segment = Segment()
-        self._header = Ipv4Header()
+        self._header: Ipv4Header | Ipv6Header = Ipv4Header() if len(self._source) == 4 else Ipv6Header()
 
     # -- commands -----------------------------------------------------------------------------------------------------
 
@@ -167,12 +179,12 @@ class AppPeer:
     # -- input --------------------------------------------------------------------------------------------------------
 
     def handle_packet(self, packet: bytes, now: float) -> None:
-        """Take one complete IPv4 packet for this connection (or an ICMP error about it)."""
+        """Take one complete packet for this connection (or an ICMP error about it)."""
         header = self._header
-        if parse_ipv4(packet, 0, header) != verdict.OK:
-            self.complaints.append("bad IPv4 header")
+        if parse(packet, header) != verdict.OK:
+            self.complaints.append(f"bad IPv{packet[0] >> 4} header")
             return
-        if header.protocol == PROTOCOL_ICMP:
+        if header.protocol in (PROTOCOL_ICMP, PROTOCOL_ICMPV6):
             if self.state == "connecting":
                 self._over("unreachable")
             return
@@ -638,20 +650,32 @@ class AppHost:
             if raw is None:
                 return
             packet = raw[self.device.prefix :]
-            header_length = (packet[0] & 15) << 2
-            if packet[9] == PROTOCOL_TCP:
-                key = packet[16:20] + packet[12:16] + packet[header_length + 2 : header_length + 4]
-                key += packet[header_length : header_length + 2]
-            else:
-                inner = packet[header_length + 8 :]
-                key = inner[12:20] + inner[20:24] if packet[9] == PROTOCOL_ICMP and len(inner) >= 24 else b""
-            stream = self.streams.get(key)
+            stream = self.streams.get(_key_of(packet))
             if stream is None:
                 self.stray.append(packet)
                 continue
             stream.peer.handle_packet(packet, self.now())
             self._flush(stream.peer)
             stream.wake()
+
+
+def _key_of(packet: bytes) -> bytes:
+    """The key of the connection that a packet of the other side is for; empty when it is for none.
+
+    Ours is the source there: of an error it is in the packet that it quotes, which is one of ours.
+    """
+    if packet[0] >> 4 == 4:
+        at, protocol, source, destination = (packet[0] & 15) << 2, packet[9], packet[12:16], packet[16:20]
+    else:
+        at, protocol, source, destination = IPV6_HEADER_LENGTH, packet[6], packet[8:24], packet[24:40]
+    if protocol == PROTOCOL_TCP:
+        return destination + source + packet[at + 2 : at + 4] + packet[at : at + 2]
+    inner = packet[at + 8 :]
+    if protocol == PROTOCOL_ICMP and len(inner) >= 24:
+        return inner[12:24]
+    if protocol == PROTOCOL_ICMPV6 and len(inner) >= 44:
+        return inner[8:44]
+    return b""
 
 
 def _key(peer: AppPeer) -> bytes:

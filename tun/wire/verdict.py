@@ -20,6 +20,9 @@ TCP_CHECKSUM: Final = 9
 ICMP_CHECKSUM: Final = 10
 UDP_LENGTH: Final = 11
 UDP_CHECKSUM: Final = 12
+EXTENSIONS: Final = 13
+NO_NEXT_HEADER: Final = 14
+PARAMETER: Final = 15
 
 NAMES: Final = (
     "ok",
@@ -35,4 +38,7 @@ NAMES: Final = (
     "icmp_checksum",
     "udp_length",
     "udp_checksum",
+    "extensions",
+    "no_next_header",
+    "parameter",
 )
