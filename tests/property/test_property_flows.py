@@ -607,7 +607,7 @@ class Flows(RuleBasedStateMachine):
 
 TestFlows = Flows.TestCase
 TestFlows.settings = settings(
-    max_examples=EXAMPLES or 500,
+    max_examples=EXAMPLES or 1000,
     stateful_step_count=40,
     deadline=None,
     derandomize=not EXAMPLES,
