@@ -44,9 +44,9 @@ def name(path: Path) -> str:
 
 @cache
 def texts() -> dict[str, str]:
-    """Everything that people write and read here; not lock files, captures and the like, which programs made."""
+    """Everything that people write and read here; not lock files, captures, corpora and the like, programs' work."""
     written = {".py", ".md", ".toml", ".go", ""}
-    return {name(path): path.read_text() for path in tracked() if path.suffix in written}
+    return {name(path): path.read_text() for path in tracked() if path.suffix in written and "corpus" not in path.parts}
 
 
 def code_of(paper: Path) -> Iterator[str]:
