@@ -29,7 +29,7 @@ from typing import Any, Final
 
 ROOT: Final = Path(__file__).resolve().parent
 TARGETS: Final = (
-    "packets", "packets_scapy", "stack", "binding", "api", "hosts", "config", "control", "http1", "urls",
+    "packets", "packets_scapy", "stack", "binding", "api", "hosts", "config", "control", "http1", "urls", "state",
 )  # fmt: skip
 MAX_LEN: Final = 1024
 CPU_LIMIT_S: Final = 1.0  # of one input; a slower one is a finding
@@ -37,21 +37,8 @@ CPU_LIMIT_S: Final = 1.0  # of one input; a slower one is a finding
 RunOne = Callable[[bytes], None]
 
 _INTERESTING: Final = (
-    0,
-    1,
-    0x7F,
-    0x80,
-    0xFF,
-    0x20,
-    0x0A,
-    0x22,
-    0x7FFF,
-    0x8000,
-    0xFFFF,
-    0x7FFFFFFF,
-    0x80000000,
-    0xFFFFFFFF,
-)
+    0, 1, 0x7F, 0x80, 0xFF, 0x20, 0x0A, 0x22, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF,
+)  # fmt: skip
 
 
 def corpus_files(module: ModuleType) -> list[Path]:
