@@ -145,6 +145,7 @@ def test_a_connection_opens_carries_bytes_and_ends(stack: Stack, stamps: bool) -
     assert wire.sent[-1][0][TCP].flags == "RA"
 
 
+@pytest.mark.rule(22)
 def test_an_app_that_names_no_mss_gets_the_least_of_the_version(stack: Stack) -> None:
     """RFC 9293 MUST-15: 1220 over IPv6."""
     flow, wire, _ = opened(stack, mss=None)
@@ -163,6 +164,7 @@ def test_both_versions_are_served_at_once(stack: Stack) -> None:
     assert [len(flow.key) for flow in stack.flows.values()] == [36, 12]
 
 
+@pytest.mark.rule(18)
 def test_a_port_that_is_not_served_is_refused_in_the_exact_form(stack: Stack) -> None:
     """RST with ACK of the SYN: the only form that Linux believes."""
     (reply,) = give(stack, ip() / syn(80))
@@ -180,6 +182,7 @@ def test_a_refused_request_is_told(stack: Stack) -> None:
     assert (reply[TCP].flags, reply[TCP].ack) == ("RA", 8)
 
 
+@pytest.mark.rule(14)
 def test_a_wrong_checksum_is_silence(stack: Stack) -> None:
     packet = bytearray(bytes(ip() / syn()))
     packet[56] ^= 1
@@ -188,6 +191,7 @@ def test_a_wrong_checksum_is_silence(stack: Stack) -> None:
     assert stack.drops == {"tcp_checksum": 1}
 
 
+@pytest.mark.rule(12)
 def test_too_big_makes_segments_smaller_but_not_below_the_least_link(stack: Stack) -> None:
     """RFC 8201, RFC 5927 4.1: about bytes in flight only, and 1280 is the floor."""
     flow, wire, _ = opened(stack)
@@ -211,6 +215,7 @@ def test_too_big_makes_segments_smaller_but_not_below_the_least_link(stack: Stac
 
 
 @pytest.mark.parametrize("size", [0, 1, 56, 1400, 60000])
+@pytest.mark.rule(9)
 def test_echo_comes_back_unchanged(stack: Stack, size: int) -> None:
     """RFC 4443 4.2: identifier, sequence and data."""
     (reply,) = give(stack, ip() / ICMPv6EchoRequest(id=0x1234, seq=3, data=b"p" * size))
@@ -221,6 +226,7 @@ def test_echo_comes_back_unchanged(stack: Stack, size: int) -> None:
     assert bytes(reply[ICMPv6EchoReply].data) == b"p" * size
 
 
+@pytest.mark.rule(6)
 def test_echo_in_fragments_comes_back_whole(stack: Stack) -> None:
     packet = ip() / IPv6ExtHdrFragment(id=77) / ICMPv6EchoRequest(id=1, data=bytes(range(256)) * 20)
     pieces = cut(packet)
@@ -230,6 +236,8 @@ def test_echo_in_fragments_comes_back_whole(stack: Stack) -> None:
     assert [bytes(reply[ICMPv6EchoReply].data) for reply in replies] == [bytes(range(256)) * 20]
 
 
+@pytest.mark.rule(6)
+@pytest.mark.scenario("ipv6_fragment_icmp_error")
 def test_an_echo_that_stays_in_parts_is_told(stack: Stack) -> None:
     """RFC 4443 3.3: time exceeded, code 1, when the first fragment had come."""
     packet = ip() / IPv6ExtHdrFragment(id=77) / ICMPv6EchoRequest(id=1, data=bytes(4000))
@@ -240,6 +248,7 @@ def test_an_echo_that_stays_in_parts_is_told(stack: Stack) -> None:
     assert (reply.src, reply.dst, reply[ICMPv6TimeExceeded].code) == (ENDPOINT, APP, 1)
 
 
+@pytest.mark.rule(6)
 def test_tcp_in_fragments_is_dropped(stack: Stack) -> None:
     """The local kernel cuts no segment; whoever does wants something else."""
     segment = syn(options=[("MSS", 1440)]) / Raw(bytes(4000))
@@ -257,6 +266,7 @@ def test_a_fragment_that_is_the_whole_packet_is_none(stack: Stack) -> None:
     assert len(stack.take_requests()) == 1
 
 
+@pytest.mark.rule(10)
 def test_a_port_without_a_service_is_unreachable(stack: Stack) -> None:
     """ICMPv6 1/4, quoting as much as fits into 1280 bytes (RFC 4443 3.1)."""
     packet = ip() / UDP(sport=1, dport=2) / Raw(bytes(1400))
@@ -268,6 +278,7 @@ def test_a_port_without_a_service_is_unreachable(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize("payload", [syn(), UDP(sport=1, dport=2) / Raw(b"x"), ICMPv6EchoRequest()])
+@pytest.mark.rule(3)
 def test_nobodys_address_is_unreachable(stack: Stack, payload: Packet) -> None:
     """ICMPv6 1/3 at once; silence would cost the app two minutes."""
     (reply,) = give(stack, ip(NOBODY) / payload)
@@ -283,12 +294,14 @@ def test_udp_without_a_checksum_is_dropped(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize("kind", [1, 2, 3, 4, 100])
+@pytest.mark.rule(11)
 def test_no_error_about_an_error(stack: Stack, kind: int) -> None:
     """RFC 4443 2.4 (e.1), also for an address that nobody has."""
     message = ICMPv6DestUnreach(type=kind) / Raw(bytes(100))
     assert give(stack, ip(NOBODY) / message) == []
 
 
+@pytest.mark.rule(11)
 def test_errors_are_limited(stack: Stack) -> None:
     """RFC 4443 2.4 (f)."""
     replies = [reply for _ in range(200) for reply in give(stack, ip() / UDP(dport=2) / Raw(b"x"))]
@@ -305,6 +318,8 @@ def unknown(kind: int) -> list[Packet]:
 
 @pytest.mark.parametrize("header", [IPv6ExtHdrHopByHop, IPv6ExtHdrDestOpt])
 @pytest.mark.parametrize(("kind", "outcome"), [(0x1E, "taken"), (0x5E, "dropped"), (0x9E, "told"), (0xDE, "told")])
+@pytest.mark.rule(5)
+@pytest.mark.scenario("ipv6_unknown_options_action")
 def test_unknown_options_are_treated_as_they_ask(stack: Stack, header: type[Packet], kind: int, outcome: str) -> None:
     """RFC 8200 4.2: the two high bits say skip, drop, or tell; "told" points to the option."""
     replies = give(stack, ip() / header(options=unknown(kind)) / syn())
@@ -318,6 +333,7 @@ def test_unknown_options_are_treated_as_they_ask(stack: Stack, header: type[Pack
         assert stack.drops == ({} if outcome == "taken" else {"ip_options": 1})
 
 
+@pytest.mark.rule(5)
 def test_known_chains_are_walked(stack: Stack) -> None:
     chain = IPv6ExtHdrHopByHop() / IPv6ExtHdrDestOpt() / IPv6ExtHdrRouting(segleft=0) / IPv6ExtHdrDestOpt()
     give(stack, ip() / chain / syn())
@@ -325,6 +341,7 @@ def test_known_chains_are_walked(stack: Stack) -> None:
     assert len(stack.take_requests()) == 1
 
 
+@pytest.mark.rule(5)
 def test_a_source_route_is_not_followed(stack: Stack) -> None:
     """RFC 5095, RFC 8200 4.4: parameter problem 0 at the type of the routing header."""
     (reply,) = give(stack, ip() / IPv6ExtHdrRouting(addresses=[NOBODY], segleft=1) / syn())
@@ -333,6 +350,8 @@ def test_a_source_route_is_not_followed(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize("number", [50, 51, 132, 135, 255])
+@pytest.mark.rule(4)
+@pytest.mark.scenario("icmpv6_param_problem")
 def test_an_unknown_next_header_is_told(stack: Stack, number: int) -> None:
     """RFC 4443 3.4: code 1, pointing to where the number stands."""
     (reply,) = give(stack, ip(nh=number) / Raw(bytes(40)))
@@ -351,6 +370,7 @@ def test_hop_by_hop_is_only_known_in_the_first_place(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize(("count", "requests"), [(8, 1), (9, 0)])
+@pytest.mark.rule(5)
 def test_chains_are_bounded(stack: Stack, count: int, requests: int) -> None:
     packet = ip()
     for _ in range(count):
@@ -391,12 +411,14 @@ def test_every_packet_is_taken_answered_or_counted(tail: bytes, following: int) 
 
 
 @pytest.mark.parametrize("source", ["::", "::1", "ff02::1", "::ffff:10.107.0.1", "fd12:3456:789a::", ENDPOINT])
+@pytest.mark.rule(3, 11)
 def test_impossible_sources_are_dropped(stack: Stack, source: str) -> None:
     for payload in (syn(), ICMPv6EchoRequest(), UDP(dport=2) / Raw(b"x")):
         assert give(stack, ip(source=source) / payload) == []
     assert stack.drops == {"source": 3}
 
 
+@pytest.mark.rule(3)
 def test_what_kernels_tell_every_link_is_counted(stack: Stack) -> None:
     """Router solicitations are the first thing on a new link."""
     assert give(stack, ip("ff02::2", "fe80::1") / ICMPv6ND_RS()) == []
@@ -410,6 +432,7 @@ def test_what_is_not_for_us_is_dropped(stack: Stack, destination: str) -> None:
     assert stack.drops == {"destination": 1}
 
 
+@pytest.mark.rule(3)
 def test_only_this_host_and_its_guests_may_connect(stack: Stack) -> None:
     """A network of one version says nothing about the other."""
     guests = int.from_bytes(address_bytes("2001:db8::"))

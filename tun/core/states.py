@@ -133,12 +133,12 @@ def move(state: int, event: int) -> int:
 
 
 def render_markdown() -> str:
-    """The page docs/tcp-states.md: the table as a diagram and as rows. A test keeps the page equal to this."""
+    """The first part of the page docs/tcp-states.md: the table as a diagram and as rows. A test keeps it fresh."""
     lines = [
         "# The states of a connection",
         "",
-        "Generated from `tun/core/states.py`, do not edit:",
-        "`python -c 'from tun.core import states; print(states.render_markdown(), end=\"\")' > docs/tcp-states.md`",
+        "Generated from `tun/core/states.py` and from what the tests say to prove, do not edit:",
+        "`python -m tests.tun.rules > docs/tcp-states.md`",
         "",
         "We are always the passive side of RFC 9293 3.3.2: apps connect to us. `SYN_PENDING` is ours: the SYN has come",
         "and nothing is answered until somebody decided whether the connection can be carried. `LISTEN` is a served",
