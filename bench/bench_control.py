@@ -76,7 +76,7 @@ def circumstances() -> str:
     software = f"CPython {platform.python_version()}, {' '.join(ssl.OPENSSL_VERSION.split()[:2])}"
     return (
         f"{processor[0] if processor else platform.machine()}, {os.cpu_count()} cores; Linux {platform.release()}; "
-        f"{software}. Commit {commit}, load average before: {os.getloadavg()[0]:.1f}. Command: "
+        f"{software}. Commit {commit}, load average before: {os.getloadavg()[0]:.1f}, niceness {os.nice(0)}. Command: "
         "`bench/bench_control.py`. Times are those of one run, or the median where several are named; memory is "
         "resident memory, the interpreter's files included."
     )
