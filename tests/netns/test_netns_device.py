@@ -145,11 +145,12 @@ def test_the_kernel_numbers_a_pattern(netns: Callable[[], Namespace]) -> None:
 def test_a_second_opener_is_refused_and_told_who_has_it(netns: Callable[[], Namespace], multi_queue: bool) -> None:
     """With several queues a second daemon could simply join and take half of the connections."""
     ns = netns()
-    device = ns.call(open_tun, "tun0", multi_queue=multi_queue)
-    elsewhere = netns().call(open_tun, "tun0")  # the same name in another namespace is none of its business
+    name = f"own{os.getpid()}"  # devices that others hold are seen as well: their processes are in no namespace of ours
+    device = ns.call(open_tun, name, multi_queue=multi_queue)
+    elsewhere = netns().call(open_tun, name)  # the same name in another namespace is none of its business
 
-    with pytest.raises(DeviceError, match=rf"tun0 is taken: it belongs to process {os.getpid()} \(") as caught:
-        ns.call(open_tun, "tun0")
+    with pytest.raises(DeviceError, match=rf"{name} is taken: it belongs to process {os.getpid()} \(") as caught:
+        ns.call(open_tun, name)
 
     assert caught.value.errno == errno.EBUSY
     assert "another interface name" in caught.value.remedy
