@@ -16,8 +16,10 @@ from ngrokd.errors import BindingRefused, IngressUnreachable
 from ngrokd.lab.ingress import Toxics
 from ngrokd.lab.link import Line
 from ngrokd.lab.world import Lab, open_lab, open_memory_lab
+from ngrokd.relay.connector import Progress
 from ngrokd.relay.ingress import Ingress, OpenedStream
-from ngrokd.relay.stock import FORGET_S, PROVEN_S, PoolSettings
+from ngrokd.relay.pool import Connection, Pool
+from ngrokd.relay.stock import FORGET_S, PROVEN_S, PoolSettings, Stock
 from ngrokd.relay.transport import Transport, connect_tcp
 
 if TYPE_CHECKING:
@@ -297,6 +299,41 @@ async def test_flows_and_pool_have_a_bound_each(far: World, autojump_clock: Mock
     assert most == {"flows": 8, "pool": 20}
 
 
+async def test_cancelled_in_the_moment_of_being_given_a_connection(world: World, autojump_clock: MockClock) -> None:
+    """The flow is woken with nothing but its end; the connection goes to the shelf."""
+    gate = trio.Event()
+    made: list[Connection] = []
+
+    async def connect() -> Connection:
+        await gate.wait()
+        connection = await world.ingress._connector.connect(Progress())
+        made.append(connection)
+        scope.cancel()  # before the pool gives it away
+        return connection
+
+    scope = trio.CancelScope()
+    async with world.running(pool=PoolSettings(max=0)):
+        stock = Stock(PoolSettings(max=1, idle=1), lambda: 0.0)
+        pool = Pool(stock, connect, lambda _: True, lambda _: None, strict=True)
+        stock.note_start(trio.current_time())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pool.run)
+            await settle(0.1)
+            with scope:
+                nursery.start_soon(set_later, gate)
+                await pool.adopt()
+            assert scope.cancelled_caught
+            assert len(pool) == 1
+            assert pool.take() is made[0]
+            made[0].stream.abort()
+            nursery.cancel_scope.cancel()
+
+
+async def set_later(event: trio.Event) -> None:
+    await trio.sleep(1)
+    event.set()
+
+
 async def test_cancelled_while_waiting_for_a_connection_in_the_making(far: World, autojump_clock: MockClock) -> None:
     """The connection is not lost: the next one takes it."""
     async with far.running(pool=PoolSettings(idle=1)):
@@ -370,28 +407,27 @@ async def test_one_that_dies_at_the_header_is_replaced_once(far: World, autojump
 async def test_an_ingress_that_answers_nothing_gets_a_second_chance_and_no_third(
     world: World, autojump_clock: MockClock
 ) -> None:
-    async with world.running():
+    async with world.running(resumption=False):
         await settle(PROVEN_S + 1)
         world.lab.ingress.toxics = Toxics(answer="reset")
-        dials = len(world.dials)
         with pytest.raises(BindingRefused, match="closed the connection before it answered"):
             await world.use()
-        requests = [each for each in world.lab.ingress.connections if each.request]
-        assert len(requests) <= 3  # the third only because resumption was on trial
-        assert len(world.dials) - dials <= 2
+        assert asked(world) == 2
 
 
 async def test_a_refusal_is_an_answer(world: World, autojump_clock: MockClock) -> None:
     """Nothing is asked twice that was answered once."""
-    async with world.running():
-        await world.use()
+    async with world.running(resumption=False):
         await settle()
-        asked = sum(bool(each.request) for each in world.lab.ingress.connections)
         with pytest.raises(BindingRefused, match="ERR_NGROK_706"):
             await world.ingress.open("nobody.demo", 1)
-        await settle()
-        trial = world.ingress.describe_pool()["resumption"] == "passed"
-        assert sum(bool(each.request) for each in world.lab.ingress.connections) - asked == 1 or trial
+        assert asked(world) == 1
+        assert world.count("hits") == 1
+
+
+def asked(world: World) -> int:
+    """Headers that the ingress has got."""
+    return sum(each.request is not None for each in world.lab.ingress.connections)
 
 
 async def test_a_pooled_connection_that_says_nothing_is_given_up_in_time(
@@ -400,19 +436,57 @@ async def test_a_pooled_connection_that_says_nothing_is_given_up_in_time(
     """A router forgot it, or this machine slept: three seconds, and all that waited longer go with it."""
     async with world.running():
         await settle(PROVEN_S + 1)
-        hung = Toxics(answer="hang")
-        for each in world.lab.ingress.routes.values():
-            each.toxics = hung
-        trio.lowlevel.spawn_system_task(heal_after, world, 1.0)
-        took = await world.use()
-        assert took == pytest.approx(3.0, abs=0.1)
+        gone = list(world.lab.ingress.connections)
+        async with healing(world, after_s=1.0):
+            assert await world.use() == pytest.approx(3.0)
         assert world.count("silent") == 1
+        await settle()
+        assert all(each.ended for each in gone)
+        assert world.count("ready") == 2
 
 
-async def heal_after(world: World, seconds: float) -> None:
-    await trio.sleep(seconds)
-    for each in world.lab.ingress.routes.values():
-        each.toxics = None
+async def test_an_endpoint_that_takes_its_time_is_given_it(world: World, autojump_clock: MockClock) -> None:
+    """It would be asked twice each time, and cost the others their ready connections."""
+    world.lab.ingress.routes["echo.demo", 7].toxics = Toxics(delay_s=4.0)
+    async with world.running():
+        await settle()
+        assert await world.use() == pytest.approx(7.0)
+        for _ in range(3):
+            assert await world.use() == pytest.approx(4.0)
+        assert world.count("silent") == 1
+        await settle()
+        assert world.count("ready") >= 2
+        assert world.count("surplus") == 0
+
+
+async def test_an_endpoint_that_never_answers_is_asked_once_from_then_on(
+    world: World, autojump_clock: MockClock
+) -> None:
+    world.lab.ingress.routes["echo.demo", 7].toxics = Toxics(answer="hang")
+    async with world.running():
+        await settle()
+        for expected in (2, 3, 4):
+            begun = trio.current_time()
+            with pytest.raises(IngressUnreachable, match="timed out after 10 s while waiting for the answer"):
+                await world.use()
+            assert trio.current_time() - begun == pytest.approx(10)
+            assert asked(world) == expected
+        await settle()
+        assert world.count("ready") >= 2
+
+
+@asynccontextmanager
+async def healing(world: World, *, after_s: float) -> AsyncIterator[None]:
+    """The ingress answers nothing, until it is well again."""
+    world.lab.ingress.toxics = Toxics(answer="hang")
+
+    async def heal() -> None:
+        await trio.sleep(after_s)
+        world.lab.ingress.toxics = Toxics()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(heal)
+        yield
 
 
 async def test_an_idle_limit_of_the_ingress_is_learned(world: World, autojump_clock: MockClock) -> None:
@@ -595,38 +669,43 @@ async def test_an_ingress_that_cannot_place_resumed_connections_gets_full_ones(
             await settle()
             await world.use()
         assert world.ingress.describe_pool()["resumption"] == "failed"
-        assert not world.lab.ingress.connections[-1].resumed
-        world.ingress.set_credentials(credentials(world.lab))
-        assert world.ingress.describe_pool()["resumption"] in ("failed", "open")
+        assert not any(each.resumed for each in list(world.lab.ingress.connections)[-5:])
+
+
+async def test_a_refusal_that_a_full_handshake_confirms_acquits_resumption(
+    world: World, autojump_clock: MockClock
+) -> None:
+    """An endpoint that does not exist is no reason to stop resuming; from then on it is not asked twice either."""
+    async with world.running():
+        while not world.count("tickets"):
+            await settle()
+        world.ingress._pool.discard(lambda _: True)  # the first ones were full
+        await settle()
+        for expected in (2, 3, 4):
+            with pytest.raises(BindingRefused, match="ERR_NGROK_706"):
+                await world.ingress.open("nobody.demo", 1)
+            assert asked(world) == expected
+        assert world.ingress.describe_pool()["resumption"] == "passed"
+
+
+class _Choosy:
+    """Toxics of an ingress that does not know whom a resumed connection belongs to."""
+
+    def __init__(self, world: World) -> None:
+        self._records = world.lab.ingress.connections
+
+    def __get__(self, route: object, owner: object) -> Toxics | None:
+        asking = max((each for each in reversed(self._records) if each.request), key=lambda each: each.requested_at)
+        return Toxics(error_code="ERR_NGROK_1", error_message="who are you?") if asking.resumed else None
 
 
 def refuse_resumed(world: World) -> None:
-    """Answer the header of a resumed connection with a refusal."""
-    route = world.lab.ingress.routes["echo.demo", 7]
-    records = world.lab.ingress.connections
-
-    class Choosy:
-        async def serve(self, stream: trio.abc.HalfCloseableStream) -> None:
-            raise AssertionError("not reached")
-
-    good = route.backend
-
-    class ByRecord:
-        """Toxics that depend on the connection which has just brought its header."""
-
-        def __get__(self, instance: object, owner: object) -> Toxics | None:
-            asked = [each for each in records if each.request and not each.ended]
-            newest = max(asked, key=lambda each: each.requested_at)
-            return Toxics(error_code="ERR_NGROK_1", error_message="who are you?") if newest.resumed else None
-
-    class Route(type(route)):  # type: ignore[misc]
-        __slots__ = ()
-        toxics = ByRecord()
-
-    assert good is not None
-    chosen = Route.__new__(Route)
-    chosen.backend, chosen.endpoint_id, chosen.proto = route.backend, route.endpoint_id, route.proto
-    world.lab.ingress.routes["echo.demo", 7] = chosen
+    """Have the ingress refuse the header of a resumed connection."""
+    good = world.lab.ingress.routes["echo.demo", 7]
+    kind = type("Choosy", (), {"toxics": _Choosy(world)})
+    route = kind()
+    route.backend, route.endpoint_id, route.proto = good.backend, good.endpoint_id, good.proto
+    world.lab.ingress.routes["echo.demo", 7] = route
 
 
 # -- second tries
@@ -724,7 +803,7 @@ async def test_real_sockets_and_both_versions(version: ssl.TLSVersion) -> None:
             assert counters["hits"] >= 20
             assert counters["resumed"] > counters["dials"] / 3
             assert counters["dead"] == 0
-            assert {each.tls_version for each in lab.ingress.connections} == {
+            assert {each.tls_version for each in lab.ingress.connections if each.request} == {
                 "TLSv1.2" if version is ssl.TLSVersion.TLSv1_2 else "TLSv1.3"
             }
             lab.ingress.drop_connections()
