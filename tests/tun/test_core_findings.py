@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tun.core.stack import StackSettings
+from tun.core.stack import Stack, StackSettings
+from tun.testing.apppeer import address_bytes
 from tun.testing.playbook import OPEN, Play
+from tun.wire.checksum import internet_checksum, pseudo_header_sum
+from tun.wire.ipv6 import DESTINATION_OPTIONS, PROTOCOL_ICMPV6, build_ipv6
 
 # A moment whose sum with 300 s, less itself, is a little less than 300 s in floating point.
 ROUNDS_DOWN = 212.002
@@ -96,3 +99,23 @@ def test_answers_to_probes_are_no_conversation(play: Play) -> None:
         begin=OPEN.replace("app < S. 0:0(0) ack 1  win 65535", "app < S. 0:0(0) ack 1  win 4096"),
         settings=StackSettings(receive_buffer=4096),
     )
+
+
+@pytest.mark.parametrize(("destination", "reason"), [("fd00::2", "parameter"), ("fd00::99", "no_host")])
+def test_an_icmpv6_error_behind_other_headers_is_not_answered_by_one(destination: str, reason: str) -> None:
+    """RFC 4443 2.4 (e.1): "packet too big" behind an option that wants an answer, or for an address nobody has."""
+    network = int.from_bytes(address_bytes("fd00::"), "big")
+    stack = Stack(StackSettings(gateway6=address_bytes("fd00::1"), network6=network, mask6=network), b"k" * 32)
+    stack.set_served({address_bytes("fd00::2"): frozenset((443,))})
+    app, there = address_bytes("fd00::1"), address_bytes(destination)
+    error = bytearray(b"\x02\0\0\0\0\0\x05\0" + bytes(60))
+    pseudo = pseudo_header_sum(app, there, PROTOCOL_ICMPV6, len(error))
+    error[2:4] = internet_checksum(error, pseudo).to_bytes(2, "big")
+    options = bytes((PROTOCOL_ICMPV6, 0, 0x9E, 4)) + b"data"
+
+    stack.handle_packet(
+        bytes(build_ipv6(app, there, DESTINATION_OPTIONS, 8 + len(error)) + options + error), 0, False, 1.0
+    )
+
+    assert stack.take_replies() == []
+    assert stack.drops == {reason: 1}

@@ -631,7 +631,7 @@ class Stack:
         """Say what of a packet's headers we cannot take (RFC 4443 3.4)."""
         header = self._header6
         self._host.drop("protocol" if header.problem_code == UNKNOWN_NEXT_HEADER else "parameter")
-        if self._error_limit.take(now):
+        if not icmpv6.is_error(packet, start, end) and self._error_limit.take(now):
             quoted = packet[start : min(end, start + icmpv6.MIN_MTU)]
             kind, code, pointer = icmpv6.PARAMETER_PROBLEM, header.problem_code, header.problem_pointer
             self._reply(icmpv6.build_error(kind, code, header.destination, header.source, quoted, pointer=pointer))
@@ -654,10 +654,10 @@ class Stack:
         self._host.drop("no_host")
         kind = packet[start + header.header_length] if header.header_length < header.total_length else 0
         # Never an error about an error (RFC 1122 3.2.2, RFC 4443 2.4 e).
-        if header.protocol == PROTOCOL_ICMP and len(header.source) == 4:
-            about = kind == icmp.ECHO_REQUEST
+        if len(header.source) == 16:
+            about = not icmpv6.is_error(packet, start, end)
         else:
-            about = header.protocol != PROTOCOL_ICMPV6 or kind >= icmpv6.ECHO_REQUEST or len(header.source) == 4
+            about = header.protocol != PROTOCOL_ICMP or kind == icmp.ECHO_REQUEST
         if about:
             self._error(icmp.UNREACHABLE_HOST, packet, start, end, now)
         return False

@@ -12,8 +12,16 @@ from tun.errors import BadPacket
 from tun.wire.checksum import fold, internet_checksum, pseudo_header_sum, sum16
 from tun.wire.icmp import QuotedSegment
 from tun.wire.ipv4 import PROTOCOL_TCP
+from tun.wire.ipv6 import (
+    DESTINATION_OPTIONS,
+    FRAGMENT,
+    HOP_BY_HOP,
+    MAX_EXTENSIONS,
+    PROTOCOL_ICMPV6,
+    ROUTING,
+    build_ipv6,
+)
 from tun.wire.ipv6 import HEADER_LENGTH as IPV6_HEADER_LENGTH
-from tun.wire.ipv6 import PROTOCOL_ICMPV6, build_ipv6
 
 HEADER_LENGTH: Final = 8
 
@@ -81,6 +89,22 @@ def build_error(
     packet += _HEADER.pack(kind, code, 0, pointer)
     packet += quote
     return _checksummed(packet, source, destination)
+
+
+def is_error(packet: bytes, start: int, end: int) -> bool:
+    """Does the packet in `packet[start:end]` carry an ICMPv6 error, as far as can be told, behind any headers?
+
+    Extension headers are passed over without judgement, since one of them may be what is wrong with the packet. A
+    message that ends before its type counts as an error: nobody may complain about it (RFC 4443 2.4 e.1).
+    """
+    kind, at = packet[start + 6], start + IPV6_HEADER_LENGTH
+    for _ in range(MAX_EXTENSIONS + 1):
+        if kind == PROTOCOL_ICMPV6:
+            return at >= end or packet[at] < ECHO_REQUEST
+        if kind not in (HOP_BY_HOP, ROUTING, FRAGMENT, DESTINATION_OPTIONS) or at + 8 > end:
+            return False
+        kind, at = packet[at], at + (8 if kind == FRAGMENT else (packet[at + 1] + 1) << 3)
+    return False
 
 
 def parse_quoted_tcp(packet: bytes, start: int, end: int) -> QuotedSegment:
