@@ -117,3 +117,64 @@ def mend(packet: bytes, *, ip: bool = True, transport: bool = True) -> bytes:
         out[10:12] = b"\0\0"
         struct.pack_into("!H", out, 10, ~ones_sum(bytes(out[:at])) & 0xFFFF)
     return bytes(out)
+
+
+# IPv6 (RFC 8200, RFC 4443)
+
+
+def upper(packet: bytes) -> tuple[int, int]:
+    """What a version 6 packet carries behind its extension headers, and where; (-1, 0) where that cannot be told.
+
+    A true fragment that is not the first carries nothing that could be told.
+    """
+    if len(packet) < 40:
+        return -1, 0
+    kind, at = packet[6], 40
+    while kind in (0, 43, 44, 60):
+        if at + 8 > len(packet):
+            return -1, 0
+        if kind == 44 and (packet[at + 2] << 8 | packet[at + 3]) & 0xFFF8:
+            return -1, 0
+        kind, at = packet[at], at + (8 if kind == 44 else (packet[at + 1] + 1) * 8)
+    return kind, at
+
+
+def pseudo6(packet: bytes, protocol: int, length: int) -> bytes:
+    """The pseudo header of an IPv6 packet."""
+    return packet[8:40] + struct.pack("!IHBB", length, 0, 0, protocol)
+
+
+def transport_is_valid6(packet: bytes, protocol: int, at: int) -> bool:
+    """Is the checksum of what a version 6 packet carries right?"""
+    body = packet[at : 40 + (packet[4] << 8 | packet[5])]
+    return ones_sum(pseudo6(packet, protocol, len(body)) + body) == 0xFFFF
+
+
+def mend6(packet: bytes) -> bytes:
+    """The packet with a right transport checksum, as far as it is long enough to have one."""
+    protocol, at = upper(packet)
+    field = {6: 16, 17: 6, 58: 2}.get(protocol)
+    end = min(40 + (packet[4] << 8 | packet[5]), len(packet)) if len(packet) >= 40 else 0
+    if field is None or at + field + 2 > end:
+        return packet
+    out = bytearray(packet)
+    out[at + field : at + field + 2] = b"\0\0"
+    body = bytes(out[at:end])
+    checksum = ~ones_sum(pseudo6(packet, protocol, len(body)) + body) & 0xFFFF
+    struct.pack_into("!H", out, at + field, checksum or (0xFFFF if protocol == 17 else 0))
+    return bytes(out)
+
+
+def read_tcp6(packet: bytes) -> Frame | None:
+    """Take a TCP segment over IPv6 without extension headers apart; None when it is not whole."""
+    end = 40 + (packet[4] << 8 | packet[5]) if len(packet) >= 60 else 0
+    if not 60 <= end <= len(packet) or packet[6] != 6 or packet[0] >> 4 != 6:
+        return None
+    source_port, destination_port, seq, ack, offset, flags, window = struct.unpack_from("!HHIIBBH", packet, 40)
+    data = 40 + (offset >> 4) * 4
+    if not 60 <= data <= end:
+        return None
+    return Frame(
+        packet[8:24], packet[24:40], source_port, destination_port, seq, ack, flags & 0x3F, window,
+        packet[60:data], packet[data:end],
+    )  # fmt: skip

@@ -422,8 +422,11 @@ class World:
     def inject(self) -> None:
         """A packet of nobody: ICMP about a segment of ours, fragments, our own output, echo, nonsense."""
         source = self.source
-        kind = source.byte() % 6
-        if kind == 0 and self.sent:
+        what = source.byte()
+        kind = what % 6
+        if what >= 240:
+            self.comb(sacks=what >= 248)
+        elif kind == 0 and self.sent:
             quoted = bytearray(self.sent[source.byte() % len(self.sent)])
             if source.bit():
                 self.add32(quoted, 24, source.pick(DELTAS))
@@ -434,10 +437,10 @@ class World:
             )
             self.deliver(self.ip(1, body), None)
         elif kind == 1:
-            offset = source.byte() * 8 if source.bit() else source.short() & 0x1FFF
+            offset = source.pick((0, 0, 1, 2, 3, 4, 101, 186, 8189))
             more = 0x2000 if source.bit() else 0
             size = source.pick((0, 1, 7, 8, 16, 24, 800, 1480, 65000))
-            body = b"\x08\0\xf7\xff" + bytes(size)
+            body = b"\x08\0\xf7\xff\0\0\0\0" + bytes(size)  # an echo request whose checksum is right
             packet = bytearray(self.ip(source.pick((1, 1, 1, 6, 17)), body[:size] if offset else body))
             struct.pack_into("!HH", packet, 4, source.byte() & 3, more | offset & 0x1FFF)
             self.deliver(mend(bytes(packet), transport=False), None)
@@ -453,9 +456,28 @@ class World:
             self.deliver(self.ip(6, segment), None)
         self.serve()
 
+    def comb(self, *, sacks: bool) -> None:
+        """Every second byte of what an app sends (SegmentSmack), or of what it acknowledges (SACK panic)."""
+        source = self.source
+        app = self.app()
+        count = source.byte()
+        if app is None or app.flow is None:
+            return
+        flow = app.flow
+        base = app.peer._una if not sacks else flow.snd_una
+        order = range(count) if source.bit() else range(count, 0, -1)
+        for index in order:
+            position = base + 1 + 2 * index
+            block = struct.pack("!II", position & MASK, position + 1 & MASK) if sacks else b""
+            options = b"\1\1\5\x0a" + block if sacks else b""
+            payload = b"" if sacks else app.stream(position - app.peer.iss - 1, 1)
+            seq = app.peer._max if sacks else position
+            head = struct.pack("!IIBBHHH", seq & MASK, flow.snd_una & MASK, (20 + len(options)) << 2, ACK, 1000, 0, 0)
+            self.deliver(self.ip(6, app.key[8:] + head + options + payload, app.key[:4]), None)
+
     @staticmethod
-    def ip(protocol: int, body: bytes) -> bytes:
-        header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(body), 1, 0x4000, 64, protocol, 0) + APP + ENDPOINT
+    def ip(protocol: int, body: bytes, source: bytes = APP) -> bytes:
+        header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(body), 1, 0x4000, 64, protocol, 0) + source + ENDPOINT
         return mend(header + body)
 
     # -- the wire, towards the apps -----------------------------------------------------------------------------------
