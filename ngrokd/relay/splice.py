@@ -183,6 +183,7 @@ class _Splice:
             while (taken := flow.send_nowait(view)) < len(view):
                 view = view[taken:]
                 await flow.wait_send_space()
+            del view  # or a connection that goes quiet would keep its last buffer
         await flow.send_eof()
 
 
