@@ -93,7 +93,7 @@ RULES: Final[Mapping[int, Rule]] = {
     ),
     12: _R(
         "ICMP",
-        "Too big is believed about bytes on the way only, never below 536 (IPv6 1280), never upwards; every other error "
+        "Too big is believed about bytes on the way, never below 536 (IPv6 1280), never upwards; every other error "
         "is soft, source quench is nothing.",
         "RFC 5927 4.1, 6633, 9293 3.9.2.2",
     ),

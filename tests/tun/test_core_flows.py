@@ -53,13 +53,13 @@ def test_undecided_requests_are_bounded() -> None:
     assert stack.take_replies() == []
 
 
-def test_foreign_source_gets_two_thirds() -> None:
-    """One container cannot starve this host, nor the next container."""
+def test_foreign_source_gets_two_thirds_of_two_thirds() -> None:
+    """Containers cannot starve this host, and one of them not the next."""
     stack = new_stack(tuned(undecided=30))
     for port in range(1000, 1050):
         send(stack, port, SYN, FOREIGN)
-    assert len(stack.take_requests()) == 20
-    assert stack.drops["source_limit"] == 30
+    assert len(stack.take_requests()) == 13
+    assert stack.drops["source_limit"] == 37
 
     for port in range(1000, 1005):
         send(stack, port, SYN, OTHER)

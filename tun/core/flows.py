@@ -8,7 +8,9 @@ TIME-WAIT is a record here, not a flow: a hundred bytes without buffers, at most
 Its length is 10 s instead of 2 MSL: the network between the app and us is one queue of packets.
 
 Requests that wait for a decision ("undecided") and flows whose handshake is not finished ("half-open") are what a SYN
-flood multiplies. Both are bounded, and one source that is not this host gets at most two thirds of either.
+flood multiplies. Both are bounded. Of the undecided, all sources that are not this host together get at most two
+thirds, so that this host can always ask, and one of them at most two thirds of those; of the half-open, where the
+oldest gives way, one of them gets at most two thirds.
 """
 
 from __future__ import annotations
@@ -44,10 +46,10 @@ class FlowTable:
         flows: live flows, requests included.
         time_wait: records by key, in the order in which they expire.
         undecided: flows in SYN_PENDING; `half_open`: in SYN_RECEIVED.
-        foreign: undecided and half-open flows of each source that is not this host.
+        foreign, foreign_half_open: of these, those of each source that is not this host; `foreign_undecided`: of all.
     """
 
-    __slots__ = ("flows", "foreign", "foreign_half_open", "half_open", "time_wait", "undecided")
+    __slots__ = ("flows", "foreign", "foreign_half_open", "foreign_undecided", "half_open", "time_wait", "undecided")
 
     def __init__(self) -> None:
         self.flows: dict[bytes, Flow] = {}
@@ -55,6 +57,7 @@ class FlowTable:
         self.undecided: int = 0
         self.half_open: int = 0
         self.foreign: dict[bytes, int] = {}  # undecided, by source
+        self.foreign_undecided: int = 0
         self.foreign_half_open: dict[bytes, int] = {}
 
     def add(self, flow: Flow) -> None:
@@ -63,6 +66,7 @@ class FlowTable:
         self.undecided += 1
         flow.counted = SYN_PENDING
         if not flow.local:
+            self.foreign_undecided += 1
             _count(self.foreign, flow.source[0], 1)
 
     def recount(self, flow: Flow) -> None:
@@ -75,6 +79,7 @@ class FlowTable:
         if before == SYN_PENDING:
             self.undecided -= 1
             if not flow.local:
+                self.foreign_undecided -= 1
                 _count(self.foreign, flow.source[0], -1)
         elif before == SYN_RECEIVED:
             self.half_open -= 1

@@ -36,15 +36,17 @@ class Reassembler:
     """Fragments in, whole payloads out.
 
     Attributes:
-        dropped: fragments and datagrams thrown away, by limit, overlap or nonsense.
+        dropped: fragments thrown away, by limit, overlap, nonsense or age.
+        joined: fragments of the datagram that was completed last.
     """
 
-    __slots__ = ("bytes_held", "datagrams", "dropped")
+    __slots__ = ("bytes_held", "datagrams", "dropped", "joined")
 
     def __init__(self) -> None:
         self.datagrams: dict[bytes, Datagram] = {}  # in the order of their age
         self.bytes_held: int = 0
         self.dropped: int = 0
+        self.joined: int = 0
 
     def add(self, key: bytes, offset: int, more: bool, payload: bytes, first: bytes, now: float) -> bytes | None:
         """Take one fragment.
@@ -70,19 +72,19 @@ class Reassembler:
             or len(datagram.parts) >= MAX_PARTS
             or (datagram.total >= 0 and (end > datagram.total or not more))
         ):
-            self._drop(key)
+            self._refuse(key)
             return None
         index = 0
         for start, part in datagram.parts:
             if start >= end:
                 break
             if start + len(part) > offset:
-                self._drop(key)
+                self._refuse(key)
                 return None
             index += 1
         if not more:
             if index != len(datagram.parts):
-                self._drop(key)
+                self._refuse(key)
                 return None
             datagram.total = end
         datagram.parts.insert(index, (offset, payload))
@@ -93,6 +95,7 @@ class Reassembler:
             datagram.first = first
         if datagram.total >= 0 and sum(len(part) for _, part in datagram.parts) == datagram.total:
             self._forget(key)
+            self.joined = len(datagram.parts)
             return b"".join([part for _, part in datagram.parts])
         while self.bytes_held > MAX_BYTES:
             self._drop(next(iter(self.datagrams)))
@@ -120,8 +123,13 @@ class Reassembler:
             return float("inf")
         return self.datagrams[next(iter(self.datagrams))].expires_at
 
-    def _drop(self, key: bytes) -> None:
+    def _refuse(self, key: bytes) -> None:
+        """Throw a fragment away, and its datagram with it."""
         self.dropped += 1
+        self._drop(key)
+
+    def _drop(self, key: bytes) -> None:
+        self.dropped += len(self.datagrams[key].parts)
         self._forget(key)
 
     def _forget(self, key: bytes) -> None:

@@ -1303,7 +1303,7 @@ class Flow:
         if self._cwnd < self._ssthresh:
             self._cwnd += acked
         else:
-            self._cwnd += max(self._mss * acked // self._cwnd, 1)
+            self._cwnd += self._mss * acked // self._cwnd
 
     def _note_sacks(self, segment: Segment) -> bool:
         """Believe the blocks that lie in what is on the way; say whether one was new."""

@@ -71,6 +71,9 @@ _ANY_FRAGMENT: Final = 0xFFFF ^ FLAG_DF ^ 0x8000
 # Datagrams that wait for their service, in one batch; each is as large as its packet.
 _MAX_DATAGRAMS: Final = 256
 _NO_PORTS: Final[frozenset[int]] = frozenset()
+# What a packet may have behind its IP length (Ethernet pads short ones) and be kept whole all the same; more is cut
+# off, or a view on a few bytes would keep 64 KiB.
+_PADDING: Final = 64
 _MAPPED: Final = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96 stands for IPv4 and is never on a wire
 
 # Above this share of all buffers a flow may hold little; see `_set_caps`.
@@ -177,7 +180,8 @@ class Stack:
     """The host: see the module's text for how it is driven.
 
     Attributes:
-        drops: discarded packets by reason; every one counts exactly once.
+        drops: discarded packets by reason; every one counts exactly once. A call of `handle_packet` counts one at most;
+            fragments that go down with it are counted by the next `take_replies`.
         packets: all packets handed in.
         accepted, refused, cancelled: decided requests, and those whose app gave up first.
         resets_received, timeouts, aborted: flows that ended so.
@@ -197,6 +201,7 @@ class Stack:
         "_header4",
         "_header6",
         "_host",
+        "_late_drops",
         "_local",
         "_reassembler",
         "_relief_at",
@@ -242,6 +247,7 @@ class Stack:
         self._allowed: list[tuple[int, int, int]] = []
         self._requests: list[Flow] = []
         self._replies: list[bytearray] = []
+        self._late_drops: list[str] = []
         self._reassembler: Reassembler = Reassembler()
 
         self._header4: Ipv4Header = Ipv4Header()
@@ -367,7 +373,7 @@ class Stack:
                     flow is not None
                     and flow.predict
                     and offset_flags & 0x37 == ACK
-                    and total <= available
+                    and total <= available <= total + _PADDING
                     and int.from_bytes(packet[start : start + 20], "big") % 65535 == 0
                     and (verified or verify_tcp(packet, start + 20, start + total, key[:4], key[4:8]))
                 ):
@@ -400,7 +406,7 @@ class Stack:
             or protocol != PROTOCOL_TCP
             or not flow.predict
             or offset_flags & 0x37 != ACK
-            or end > len(packet)
+            or not end <= len(packet) <= end + _PADDING
             or not (verified or verify_tcp(packet, at, end, key[:16], key[16:32]))
         ):
             return False
@@ -424,7 +430,11 @@ class Stack:
             flow = host.pop_due(now)
         host.compact(len(self.flows))
         self._table.expire(now)
-        for first in self._reassembler.expire(now):
+        dropped = self._reassembler.dropped
+        unfinished = self._reassembler.expire(now)
+        for _ in range(self._reassembler.dropped - dropped):
+            host.drop("fragment")
+        for first in unfinished:
             if not self._error_limit.take(now):
                 continue
             if first[0] >> 4 == 4:
@@ -457,6 +467,10 @@ class Stack:
         """Complete packets that belong to no flow."""
         replies = self._replies
         self._replies = []
+        if self._late_drops:
+            for reason in self._late_drops:
+                self._host.drop(reason)
+            self._late_drops.clear()
         return replies
 
     def take_datagrams(self) -> list[ReceivedDatagram]:
@@ -692,14 +706,18 @@ class Stack:
                 return False
             if address in (settings.network, settings.network | (~settings.mask & MASK)):
                 return False
+            ours = address & settings.mask == settings.network
         else:
             version = 6
             # Unspecified, loopback, multicast, IPv4 in disguise (RFC 4291 2.5.2, 2.5.3, 2.7, 2.5.5.2).
             if address <= 1 or first == 0xFF or source[:12] == _MAPPED or address == settings.network6:
                 return False
+            ours = address & settings.mask6 == settings.network6
         local = self._local
         if local is None or source in local:
             return True
+        if ours:
+            return False  # behind the link there is nobody but us: who has such an address and is not this host, lies
         return any(of == version and address & mask == network for of, network, mask in self._allowed)
 
     def _error(self, code: int, packet: bytes, start: int, end: int, now: float) -> None:
@@ -744,13 +762,20 @@ class Stack:
             else:
                 self._host.drop("icmp")
 
-    def _answer_echo(self, message: bytes | memoryview, now: float) -> None:
+    def _answer_echo(self, message: bytes | memoryview, now: float, packets: int = 1) -> None:
+        """Answer an echo request, which came in so many packets."""
         if self._echo_limit.take(now):
             header = self._header
             build = icmp.build_echo_reply if len(header.source) == 4 else icmpv6.build_echo_reply
             self._reply(build(header.destination, header.source, message))
         else:
-            self._host.drop("echo_limit")
+            self._drop_all("echo_limit", packets)
+
+    def _drop_all(self, reason: str, packets: int) -> None:
+        """Count the packet at hand, and those that waited for it and go with it: them at the end of the batch."""
+        if packets:
+            self._host.drop(reason)
+            self._late_drops += [reason] * (packets - 1)
 
     def _handle_too_big(self, packet: bytes, at: int, end: int) -> None:
         """Errors about our segments: only "too big" changes anything; the others are soft (RFC 9293 MUST-56)."""
@@ -804,8 +829,7 @@ class Stack:
         message = reassembler.add(
             key, header.fragment, header.more_fragments, packet[at:end], packet[start : min(at + 8, end)], now
         )
-        if reassembler.dropped > dropped:
-            self._host.drop("fragment")
+        self._drop_all("fragment", reassembler.dropped - dropped)
         if message is None:
             return
         if version4:
@@ -816,9 +840,9 @@ class Stack:
                 and message[0] == icmpv6.ECHO_REQUEST
             )
         if good:
-            self._answer_echo(message, now)
+            self._answer_echo(message, now, reassembler.joined)
         else:
-            self._host.drop("icmp")
+            self._drop_all("icmp", reassembler.joined)
 
     # -- TCP ----------------------------------------------------------------------------------------------------------
 
@@ -829,6 +853,8 @@ class Stack:
         if judgement != verdict.OK:
             self._host.drop(verdict.NAMES[judgement])
             return
+        if len(packet) > end + _PADDING:
+            packet = packet[:end]
         if not verified and not verify_tcp(packet, at, end, header.source, header.destination):
             self._host.drop("tcp_checksum")
             return
@@ -902,7 +928,8 @@ class Stack:
         if table.undecided >= limit:
             self._host.drop("undecided_limit")
             return
-        if not local and table.foreign.get(source, 0) >= limit * 2 // 3:
+        share = limit * 2 // 3
+        if not local and (table.foreign_undecided >= share or table.foreign.get(source, 0) >= share * 2 // 3):
             self._host.drop("source_limit")
             return
         initial, ts_offset = initial_numbers(self._secret, key, now)
