@@ -23,13 +23,14 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from ipaddress import ip_network
+from ipaddress import IPv6Address, ip_network
 from typing import Final, TypeAlias
 
 import trio
 
 from ngrokd.endpoints import Credentials, Endpoint
 from ngrokd.names.directory import Directory
+from ngrokd.names.twins import ServedTwice, Twins
 from ngrokd.relay.handler import FlowEvent, Handler
 from ngrokd.relay.ingress import Ingress
 from ngrokd.relay.stock import PoolSettings
@@ -112,6 +113,7 @@ class DataPlaneSettings:
     dials: int = 64
     refused_networks: tuple[str, ...] = ()
     pool: PoolSettings = field(default_factory=PoolSettings)
+    twins: Twins | None = None
     strict: bool = False
 
 
@@ -154,6 +156,7 @@ class DataPlane:
         self._drain_s = 0.0
         self._draining = trio.Event()
         self._device_replaced = trio.Event()
+        self._serve(Serve(Directory.empty()))
 
     # Orders
 
@@ -178,11 +181,12 @@ class DataPlane:
         # address that nobody has (host unreachable).
         self._known_addresses.update(served)
         served.update((address, NO_PORTS) for address in self._known_addresses.difference(served))
-        self._stack.set_served(served)
+        twins = self._settings.twins
+        self._stack.set_served(served if twins is None else ServedTwice(served, twins))
         # An endpoint that is gone refuses new flows at once; those that live get a while to finish what they do.
         deadline = trio.current_time() + order.linger_s
         for serving in self._serving:
-            gone = order.directory.lookup(serving.request.destination) is None
+            gone = self._lookup(serving.request.destination) is None
             if not gone:
                 serving.scope.deadline = float("inf")
             elif serving.scope.deadline == float("inf"):
@@ -259,7 +263,11 @@ class DataPlane:
                 await self._device_replaced.wait()
 
     def _lookup(self, destination: tuple[str, int]) -> Endpoint | None:
-        return self._directory.lookup(destination)
+        twins = self._settings.twins
+        if twins is None or ":" not in destination[0]:
+            return self._directory.lookup(destination)
+        original = twins.original(IPv6Address(destination[0]).packed)
+        return None if original is None else self._directory.lookup((original, destination[1]))
 
     def _serve_request(self, request: FlowRequest) -> None:
         if self._flows is None:

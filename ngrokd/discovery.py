@@ -34,7 +34,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -60,6 +60,7 @@ from ngrokd.names.addresses import AddressPool
 from ngrokd.names.directory import Directory
 from ngrokd.names.hosts import HostsRefused
 from ngrokd.names.reconcile import Desired, LastKnown, Plan
+from ngrokd.names.twins import Twins
 
 log = logging.getLogger("ngrokd.discovery")
 
@@ -67,7 +68,7 @@ MAPPINGS: Final = "ip_mappings.json"
 ADDRESSES: Final = "addresses.json"
 ENDPOINTS: Final = "endpoints.json"
 # Whose temporary files a killed run may have left; the identity's are the identity store's affair.
-STATE_FILES: Final = (MAPPINGS, ADDRESSES, ENDPOINTS, "api_key", "ingress-ca.pem")
+STATE_FILES: Final = (MAPPINGS, ADDRESSES, ENDPOINTS, "api_key", "ingress-ca.pem", "subnet6")
 # 65,000 endpoints are 10 MB; what is larger was not written by us.
 MAX_STATE_BYTES: Final = 128 << 20
 # An answer that takes everything away is asked for again this soon before it is believed.
@@ -142,9 +143,11 @@ class Discovery:
         wall: the wall clock.
         run_sync: see `RunSync`.
         machine_names: what this machine calls itself.
+        twins: the names' IPv6 addresses, None when they have none.
         rng: for jitter.
 
     Attributes:
+        name_twins: whether the hosts file shall hold IPv6 lines: only while that way is open. May be set at any time.
         first_attempt: the API was asked once, well or not.
         first_success: it answered, and what it lists is served and named.
         ingress_settled: what the API says of the ingress is known, or cannot be had for now.
@@ -163,6 +166,7 @@ class Discovery:
         wall: Callable[[], float],
         run_sync: RunSync,
         machine_names: Sequence[str] = (),
+        twins: Twins | None = None,
         rng: random.Random | None = None,
     ) -> None:
         self.settings = settings
@@ -176,6 +180,9 @@ class Discovery:
         self._wall = wall
         self._run_sync = run_sync
         self._machine_names = tuple(machine_names)
+        self._twins = twins
+        self.name_twins = False
+        self._named_twins = False
         self._backoff = Backoff()
         self._rng = rng or random.Random()
         self._identity = StoredIdentity()
@@ -452,7 +459,9 @@ class Discovery:
         if known.hosts_problem or self._unsaved or not self._endpoints_saved or known.desired.without_address:
             return False
         hosts_file = self.settings.hosts
-        return not hosts_file.enabled or fingerprint(hosts_file.path) == self._hosts_print
+        if not hosts_file.enabled:
+            return True
+        return self.name_twins is self._named_twins and fingerprint(hosts_file.path) == self._hosts_print
 
     def _plan(self, listing: list[object], confirmed: bool = False) -> Plan:
         settings = self.settings
@@ -463,7 +472,7 @@ class Discovery:
             except HostsFileError as error:
                 log.warning("%s", error)
             else:
-                survey = hosts.survey(text, settings.net.interface, subnet=IPv4Network(settings.net.subnet))
+                survey = hosts.survey(text, settings.net.interface, subnet=self._subnets())
         refused = reconcile.denied(
             machine=self._machine_names,
             servers=_servers(settings, self.known.ingress_endpoint),
@@ -540,6 +549,8 @@ class Discovery:
             return trio.current_time() >= self._hosts_retry_at
         if not self.settings.hosts.enabled or self._hosts_print is None:
             return False
+        if self.name_twins is not self._named_twins:
+            return True
         return fingerprint(self.settings.hosts.path) != self._hosts_print
 
     async def _name(self) -> None:
@@ -551,7 +562,11 @@ class Discovery:
         settings, known = self.settings, self.known
         if not settings.hosts.enabled:
             return
-        entries = known.desired.hosts_entries()
+        entries: list[tuple[IPv4Address | IPv6Address, str]] = [*known.desired.hosts_entries()]
+        self._named_twins = self.name_twins
+        if self._twins is not None and self._named_twins:
+            of = self._twins.of
+            entries += [(of(address), host) for address, host in known.desired.hosts_entries()]
         try:
             # Remembered is the mark of a file that was then read and found right, so that no edit of others, however
             # soon after ours, is taken for our own.
@@ -568,8 +583,11 @@ class Discovery:
             known.hosts_problem = ""
 
     def _rendered(self, text: bytes, entries: Sequence[tuple[Any, str]]) -> bytes:
-        settings = self.settings
-        return hosts.render(text, entries, settings.net.interface, subnet=IPv4Network(settings.net.subnet))
+        return hosts.render(text, entries, self.settings.net.interface, subnet=self._subnets())
+
+    def _subnets(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        subnet = IPv4Network(self.settings.net.subnet)
+        return (subnet,) if self._twins is None else (subnet, self._twins.subnet6)
 
     def withdraw(self) -> None:
         """Take our names out of the hosts file: the first act of stopping, the last of a start that failed."""

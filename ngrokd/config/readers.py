@@ -348,6 +348,23 @@ class Subnet(_Key[str]):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Subnet6(_Key[str]):
+    """The IPv6 network beside it, "auto" for one of our own, or "off"."""
+
+    def read(self, value: object) -> str:
+        expected = '"auto", "off" or an IPv6 network such as "fd12:3456:789a::/64"'
+        text = _text(value, expected)
+        if text in ("auto", "off"):
+            return text
+        network = _network(text, expected, versions=(6,))
+        if not 8 <= network.prefixlen <= 112:
+            raise Wrong("an IPv6 network from /8 to /112")
+        if network.is_multicast or network.is_link_local or network.network_address.packed[:12] == bytes(12):
+            raise Wrong(f"{expected}, not a loopback, link-local or multicast one")
+        return str(network)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Networks(_Key[tuple[str, ...]]):
     """A list of networks, of either IP version."""
 

@@ -29,6 +29,7 @@ import secrets
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from functools import partial
 from ipaddress import IPv4Network
 from typing import Any, Final, Protocol, TextIO
 
@@ -39,6 +40,7 @@ from ngrokd.cloud.api import NgrokApi, api_ssl_context
 from ngrokd.cloud.identity import IdentityStore
 from ngrokd.config import Settings
 from ngrokd.daemon.shadows import flag_public_names
+from ngrokd.daemon.subnet6 import choose_twins
 from ngrokd.daemon.traffic import Traffic
 from ngrokd.dataplane import (
     Accept,
@@ -55,8 +57,10 @@ from ngrokd.dataplane import (
 from ngrokd.discovery import Discovery
 from ngrokd.endpoints import Secret
 from ngrokd.errors import ConfigError, Exit, NgrokdError, PermissionMissingError, StateError, TakenError
+from ngrokd.host.plan import gateway
 from ngrokd.log import Log
 from ngrokd.names import reconcile
+from ngrokd.names.twins import Twins
 from ngrokd.ops.control import Command, ControlError, ControlServer, ControlSocket
 from ngrokd.ops.notify import Notifier
 from ngrokd.ops.peers import Peer
@@ -76,6 +80,9 @@ MAX_CA_BYTES: Final = 4 << 20
 RESOLVE_EVERY_S: Final = 300.0
 RESOLVE_AGAIN_S: Final = 5.0
 RESOLVE_TIMEOUT_S: Final = 5.0
+# Our own knock at the door over IPv6: refused within microseconds, or not at all.
+IPV6_TRY_S: Final = 1.0
+IPV6_TRY_PORT: Final = 9
 # Of the descriptors that the process may have; each flow takes one.
 RESERVED_DESCRIPTORS: Final = 64
 # How long a start that has last known endpoints waits for the API before it says that it is ready (docs/adr/0010).
@@ -90,10 +97,12 @@ class Machine(Protocol):
     Attributes:
         names: what this machine calls itself.
         problem: what is wrong with link, address or routes now, "" when nothing is.
+        ipv6: whether `prepare` could give the link IPv6.
     """
 
     names: tuple[str, ...]
     problem: str
+    ipv6: bool
 
     @property
     def descriptors(self) -> int:
@@ -124,8 +133,12 @@ class Machine(Protocol):
         """The signals TERM, INT and HUP that the process gets, as they come."""
         ...
 
-    def prepare(self, settings: Settings) -> Device:
-        """Check rights and conflicts, open the device, configure link and routes.
+    async def is_refused(self, address: str, port: int) -> bool:
+        """Whether somebody at the address answers a connection by refusing it."""
+        ...
+
+    def prepare(self, settings: Settings, twins: Twins | None = None) -> Device:
+        """Check rights and conflicts, open the device, configure link and routes, for IPv6 too where there are `twins`.
 
         Raises NgrokdError; then nothing is left behind.
         """
@@ -195,6 +208,9 @@ class Daemon:
         self._ingress_problem = ""
         self._network_problem = ""
         self._found_ca = b""
+        self._twins: Twins | None = None
+        self._look_at_ipv6 = trio.Event()
+        self._ipv6_told = False
         self.ready = trio.Event()
         self.traffic = Traffic()
         self.plane: DataPlane
@@ -230,7 +246,8 @@ class Daemon:
             for warning in settings.warnings:
                 log.warning("%s", warning)
             undo.enter_context(state_lock(settings.state.directory))
-            device = self.machine.prepare(settings)
+            self._twins = choose_twins(settings)
+            device = self.machine.prepare(settings, self._twins)
             undo.callback(self.machine.restore)
             self._build(device)
             control = undo.enter_context(ControlSocket(settings.control.socket, settings.control.group))
@@ -250,6 +267,7 @@ class Daemon:
         settings, machine = self.settings, self.machine
         subnet = IPv4Network(settings.net.subnet)
         limits = settings.limits
+        subnet6 = self._twins.subnet6 if self._twins is not None else None
         self.plane = DataPlane(
             device,
             DataPlaneSettings(
@@ -266,12 +284,16 @@ class Daemon:
                     gateway=subnet[1].packed,
                     network=int(subnet.network_address),
                     mask=int(subnet.netmask),
+                    gateway6=gateway(subnet6).packed if subnet6 else b"",
+                    network6=int(subnet6.network_address) if subnet6 else 0,
+                    mask6=int(subnet6.netmask) if subnet6 else 0,
                 ),
                 secret=secrets.token_bytes(32),
                 connect_timeout_s=settings.ingress.connect_timeout_s,
                 dials=limits.dials,
-                refused_networks=(settings.net.subnet,),
+                refused_networks=(settings.net.subnet, *([str(subnet6)] if subnet6 else [])),
                 pool=PoolSettings(settings.pool.max, settings.pool.max_age_s, settings.pool.idle),
+                twins=self._twins,
                 strict=self._strict,
             ),
             machine.dial,
@@ -298,6 +320,7 @@ class Daemon:
             wall=machine.wall,
             run_sync=machine.run_sync,
             machine_names=machine.names,
+            twins=self._twins,
         )
         self.plane.tell(self._anchors(settings))
         self._tell_sources()
@@ -316,7 +339,7 @@ class Daemon:
             if web is not None:
                 server = WebServer(web.host, self.health, self.endpoint_health, strict=self._strict)
                 await nursery.start(server.serve, web)
-            nursery.start_soon(self.machine.watch, self._tell_sources)
+            nursery.start_soon(self.machine.watch, self._machine_changed)
             nursery.start_soon(self._replace_devices)
             nursery.start_soon(self._keep_watchdog)
             self._serving = True
@@ -335,19 +358,49 @@ class Daemon:
 
     async def _name_endpoints(self) -> None:
         """Keep this machine's names as ngrok lists them, until it is time to stop."""
+        await self._try_ipv6()
         await self.discovery.restore()
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_ipv6)
             nursery.start_soon(self._keep_ingress_addresses)
             nursery.start_soon(self.discovery.run)
             nursery.start_soon(self._say_ready)
             nursery.start_soon(self._keep_status)
-            nursery.start_soon(
-                flag_public_names, self.discovery, self.machine.resolve, IPv4Network(self.settings.net.subnet)
-            )
+            ours = [self._twins.subnet6] if self._twins is not None else []
+            subnet = IPv4Network(self.settings.net.subnet)
+            nursery.start_soon(partial(flag_public_names, self.discovery, self.machine.resolve, subnet, *ours))
             await self._stopping.wait()
             log.info("stopping: new connections are refused, %d live", self.plane.flow_count)
             self._notifier.stopping(f"draining {self.plane.flow_count} connections")
             nursery.cancel_scope.cancel()
+
+    async def _try_ipv6(self) -> None:
+        """Go the way that apps will go over IPv6, to an address where our own stack refuses; only then it is named."""
+        twins, is_open = self._twins, False
+        if twins is None:
+            return
+        if self.machine.ipv6:
+            with trio.move_on_after(IPV6_TRY_S):
+                is_open = await self.machine.is_refused(str(twins.probe), IPV6_TRY_PORT)
+        if is_open and not self.discovery.name_twins:
+            log.info("names have IPv6 addresses too, in %s", twins.subnet6)
+        elif self.discovery.name_twins and not is_open:
+            log.warning("names have no IPv6 addresses any more: the kernel does not lead %s to us", twins.subnet6)
+        elif self.machine.ipv6 and not is_open and not self._ipv6_told:
+            log.warning("names have no IPv6 addresses: the kernel does not lead %s to us", twins.subnet6)
+        self._ipv6_told = True
+        self.discovery.name_twins = is_open
+
+    async def _keep_ipv6(self) -> None:
+        """Try again when something about this machine's network has changed."""
+        while True:
+            await self._look_at_ipv6.wait()
+            self._look_at_ipv6 = trio.Event()
+            await self._try_ipv6()
+
+    def _machine_changed(self) -> None:
+        self._tell_sources()
+        self._look_at_ipv6.set()
 
     async def _run_plane(self, *, task_status: trio.TaskStatus[None]) -> None:
         self._plane_ended = trio.Event()
@@ -684,6 +737,7 @@ class Daemon:
             "uptime_s": round(trio.current_time() - self._started_at, 3),
             "interface": self.plane.network.device.name,
             "subnet": net.subnet,
+            "subnet6": str(self._twins.subnet6) if self._twins and self.discovery.name_twins else "",
             "api": {
                 "url": self.settings.api.url,
                 "key_source": self._key.source,

@@ -14,7 +14,7 @@ import socket
 import struct
 import time
 from collections.abc import AsyncIterator, Callable
-from ipaddress import IPv4Network
+from ipaddress import IPv4Network, IPv6Network
 from typing import Any, Final
 
 import trio
@@ -22,7 +22,8 @@ import trio
 from ngrokd.config import Settings
 from ngrokd.errors import Exit, NgrokdError, TakenError
 from ngrokd.host import linux
-from ngrokd.host.plan import ADDRESS, DEVICE, GUARD, LINK, ROUTE, Action, Plan, Step, linux_plan
+from ngrokd.host.plan import ADDRESS, DEVICE, GUARD, LINK, ROUTE, Action, HostError, Plan, Step, linux_plan
+from ngrokd.names.twins import Twins
 from ngrokd.relay.transport import Transport, connect_tcp
 from tun import Device, DeviceError, open_device
 
@@ -31,6 +32,7 @@ log = logging.getLogger("ngrokd.machine")
 # Offload makes the MTU irrelevant for speed; without it every packet costs a system call, and the largest is best.
 MTU_WITH_OFFLOAD: Final = 1500
 MTU_WITHOUT_OFFLOAD: Final = 65535
+IPV6_LEAST_MTU: Final = 1280  # RFC 8200 5; the kernel takes IPv6 away from a smaller link
 # What others changed and could not be restored is tried again this often, whether or not the kernel reports something.
 PUT_BACK_AGAIN_S: Final = 5.0
 
@@ -54,7 +56,9 @@ class LinuxMachine:
         self._claim: socket.socket | None = None
         self._addresses: frozenset[bytes] = frozenset()
         self._mtu = 0
+        self._ipv6_problem = ""
         self.problem = ""
+        self.ipv6 = False
 
     @property
     def descriptors(self) -> int:
@@ -82,30 +86,52 @@ class LinuxMachine:
         found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         return tuple(dict.fromkeys(str(entry[4][0]) for entry in found))
 
+    async def is_refused(self, address: str, port: int) -> bool:
+        """Whether somebody at the address answers a connection by refusing it."""
+        try:
+            with trio.socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as knock:
+                await knock.connect((address, port))
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            pass
+        return False
+
     def signals(self) -> contextlib.AbstractContextManager[AsyncIterator[int]]:
         """TERM, INT and HUP."""
         return trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
     # Link, routes and device
 
-    def prepare(self, settings: Settings) -> Device:
-        """Check what can be checked without changing anything, then do the plan."""
+    def prepare(self, settings: Settings, twins: Twins | None = None) -> Device:
+        """Check what can be checked without changing anything, then do the plan.
+
+        Where this machine has no IPv6 that is said once, and everything else is done.
+        """
         net = settings.net
         linux.check_rights(configure=net.configure)
         self._claim = _claim_interface(net.interface)
         try:
             self._mtu = net.mtu or (MTU_WITH_OFFLOAD if net.offload else MTU_WITHOUT_OFFLOAD)
-            plan = linux_plan(
-                net.interface,
-                IPv4Network(net.subnet),
-                self._mtu,
-                offload=net.offload,
-                hosts_path="",  # names/hosts.py knows what goes in there, and discovery when
-                configure=net.configure,
-            )
+            missing = _missing_for_ipv6(self._mtu) if twins is not None else ""
+            if missing:
+                log.info("names get no IPv6 addresses: %s", missing)
+            subnet6 = twins.subnet6 if twins is not None and not missing else None
+            plan = self._make_plan(settings, subnet6)
             for shadow in linux.check_free(plan).shadows:
                 log.warning("%s is wider than ours and loses %s to this daemon", shadow, net.subnet)
-            linux.apply(plan, {DEVICE: Action(self._open, self._close)})
+            actions = {DEVICE: Action(self._open, self._close)}
+            try:
+                linux.apply(plan, actions)
+            except HostError as error:
+                if subnet6 is None:
+                    raise
+                # Whatever of IPv6 the kernel refuses must not cost the rest; what was not about IPv6 fails again.
+                log.warning("names get no IPv6 addresses: %s", error)
+                subnet6 = None
+                plan = self._make_plan(settings, None)
+                linux.apply(plan, actions)
+            self.ipv6 = subnet6 is not None
             # All that has been imported by now stays to the end: collections, which hold up every packet for as long as
             # they take, need not walk over it.
             gc.freeze()
@@ -116,6 +142,18 @@ class LinuxMachine:
             raise
         assert self._device is not None
         return self._device
+
+    def _make_plan(self, settings: Settings, subnet6: IPv6Network | None) -> Plan:
+        net = settings.net
+        return linux_plan(
+            net.interface,
+            IPv4Network(net.subnet),
+            self._mtu,
+            subnet6=subnet6,
+            offload=net.offload,
+            hosts_path="",  # names/hosts.py knows what goes in there, and discovery when
+            configure=net.configure,
+        )
 
     def _open(self, step: Step) -> bool:
         try:
@@ -137,7 +175,7 @@ class LinuxMachine:
         self._close(self._plan.steps[0])
         for step in self._plan.only(DEVICE):
             self._open(step)
-        linux.ensure(self._plan.only(GUARD, LINK, ADDRESS, ROUTE))
+        self._ensure(self._plan.only(GUARD, LINK, ADDRESS, ROUTE))
         assert self._device is not None
         return self._device
 
@@ -160,7 +198,10 @@ class LinuxMachine:
         return self._addresses
 
     async def watch(self, changed: Callable[[], None]) -> None:
-        """Follow the kernel's changes: addresses of this host, and what is done to our link, address and routes."""
+        """Follow the kernel's changes: addresses of this host, and what is done to our link, address and routes.
+
+        `changed` is called after either.
+        """
         assert self._plan is not None
         disturbed = trio.Event()
 
@@ -174,10 +215,12 @@ class LinuxMachine:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_watch, self._plan, note_addresses, note_disturbance)
             while True:
-                with trio.move_on_after(PUT_BACK_AGAIN_S if self.problem else math.inf):
+                # That IPv6 was switched on again is told to nobody who does not ask.
+                with trio.move_on_after(PUT_BACK_AGAIN_S if self.problem or self._ipv6_problem else math.inf):
                     await disturbed.wait()
                 disturbed = trio.Event()
                 await self._put_back()
+                changed()
 
     async def _put_back(self) -> None:
         """Restore what others changed of ours, and see whether somebody else has come to claim our subnet."""
@@ -186,7 +229,7 @@ class LinuxMachine:
         problem = ""
         try:
             # A deleted interface is the data plane's to notice; it asks for `reopen`, which is seen here again.
-            for step in await self.run_sync(linux.ensure, ours):
+            for step in await self.run_sync(self._ensure, ours):
                 log.warning("somebody changed what this daemon needs; restored: %s", step)
             for subnet in ours.subnets:
                 judgement = await self.run_sync(linux.find_conflicts, subnet, ours.interface)
@@ -200,6 +243,37 @@ class LinuxMachine:
                 log.warning("%s", problem)
             else:
                 log.info("link, address and routes are as they should be again")
+
+    def _ensure(self, ours: Plan) -> list[Step]:
+        """Restore what is no longer in force. IPv6 may have been switched off meanwhile, which is nobody's mistake."""
+        restored = linux.ensure(ours.of_version(4))
+        if not self.ipv6:
+            return restored
+        problem = ""
+        try:
+            restored += linux.ensure(ours.without(LINK).of_version(6))
+        except NgrokdError as error:
+            problem = str(error)
+        if problem and not self._ipv6_problem:
+            log.warning("the way over IPv6 is closed: %s", problem)
+        self._ipv6_problem = problem
+        return restored
+
+
+def _missing_for_ipv6(mtu: int) -> str:
+    """Why a new link of this machine cannot have IPv6 addresses, or ""."""
+    if mtu < IPV6_LEAST_MTU:
+        return f"net.mtu is {mtu}, and IPv6 needs {IPV6_LEAST_MTU}"
+    for name in ("all", "default"):
+        try:
+            with open(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6", encoding="ascii") as file:
+                if file.read().strip() != "0":
+                    return f"net.ipv6.conf.{name}.disable_ipv6 is set"
+        except FileNotFoundError:
+            return "this kernel has no IPv6"
+        except OSError:
+            pass  # it will be seen when the kernel refuses
+    return ""
 
 
 async def _watch(plan: Plan, on_addresses: Callable[[frozenset[bytes]], None], on_ours: Callable[[], None]) -> None:

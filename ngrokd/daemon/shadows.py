@@ -13,8 +13,8 @@ server is asked. Whatever a question takes, it is followed by a pause many times
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from ipaddress import IPv4Network, ip_address
+from collections.abc import Awaitable, Callable, Collection
+from ipaddress import IPv4Network, IPv6Network, ip_address
 from typing import Final
 
 import trio
@@ -34,7 +34,9 @@ IDLE_S: Final = 30.0
 
 
 async def flag_public_names(
-    discovery: Discovery, resolve: Callable[[str, int], Awaitable[tuple[str, ...]]], subnet: IPv4Network
+    discovery: Discovery,
+    resolve: Callable[[str, int], Awaitable[tuple[str, ...]]],
+    *subnets: IPv4Network | IPv6Network,
 ) -> None:
     """Ask for each name once after it appears, for ever."""
     asked: set[str] = set()
@@ -50,7 +52,7 @@ async def flag_public_names(
             if discovery.known.desired.services is not services:
                 break
             started = trio.current_time()
-            public = await _is_public(name, resolve, subnet)
+            public = await _is_public(name, resolve, subnets)
             if public is None:
                 await trio.sleep(SILENCE_S)
                 continue
@@ -68,12 +70,15 @@ async def flag_public_names(
 
 
 async def _is_public(
-    name: str, resolve: Callable[[str, int], Awaitable[tuple[str, ...]]], subnet: IPv4Network
+    name: str,
+    resolve: Callable[[str, int], Awaitable[tuple[str, ...]]],
+    subnets: Collection[IPv4Network | IPv6Network],
 ) -> bool | None:
     """Whether the name has an address that is not ours; None when nobody answers."""
     with trio.move_on_after(ASK_TIMEOUT_S):
         try:
-            return any(ip_address(address) not in subnet for address in await resolve(f"{name}.", 0))
+            found = [ip_address(address) for address in await resolve(f"{name}.", 0)]
+            return any(not any(address in subnet for subnet in subnets) for address in found)
         except (OSError, ValueError):
             return False  # it does not exist, or what came is no address
     return None

@@ -238,6 +238,8 @@ def _check_interface(ipr: IPRoute, interface: str) -> None:
 
 def _other_subnet(subnet: Network, facts: Facts) -> str:
     free = propose_subnet(subnet, facts.networks()) if isinstance(subnet, IPv4Network) else None
+    if subnet.version == 6:
+        return 'set net.subnet6 to a free one, or to "auto" or "off"'
     return f'set net.subnet to a free one, for example "{free}"' if free else "set net.subnet to a free one"
 
 

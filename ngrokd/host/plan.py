@@ -25,7 +25,7 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_interface, ip_network
 from typing import ClassVar, Final
 
 from ngrokd.errors import Exit, NgrokdError
@@ -79,6 +79,13 @@ class Step:
         """An argument that is a number."""
         return int(dict(self.args)[name])
 
+    @property
+    def version(self) -> int:
+        """Of IP, 4 or 6; 0 when the step is about both."""
+        args = dict(self.args)
+        network = args.get("subnet") or args.get("address")
+        return 0 if network is None else ip_interface(network).version
+
     def __str__(self) -> str:
         return " ".join([self.kind, *(f"{name}={value}" for name, value in self.args)])
 
@@ -106,6 +113,10 @@ class Plan:
     def without(self, *kinds: str) -> Plan:
         """The part without these kinds."""
         return Plan(tuple(step for step in self.steps if step.kind not in kinds))
+
+    def of_version(self, version: int) -> Plan:
+        """The part that is about this version of IP, and what is about both."""
+        return Plan(tuple(step for step in self.steps if step.version in (0, version)))
 
     @property
     def interface(self) -> str:

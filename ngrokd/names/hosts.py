@@ -28,7 +28,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import Final, TypeAlias
 
 from ngrokd.endpoints import printable
@@ -38,6 +38,7 @@ DEFAULT_INSTANCE: Final = "ngrokd0"
 """The interface whose instance has bare markers, as the Go daemon's are."""
 
 Address: TypeAlias = IPv4Address | IPv6Address | str
+Subnets: TypeAlias = IPv4Network | IPv6Network | tuple[IPv4Network | IPv6Network, ...] | None
 
 
 class HostsRefused(NgrokdError):  # noqa: N818 - a verdict
@@ -64,7 +65,7 @@ def render(
     entries: Iterable[tuple[Address, str]],
     instance: str | None = None,
     *,
-    subnet: IPv4Network | None = None,
+    subnet: Subnets = None,
 ) -> bytes:
     """The file with our section in it; the same bytes when it is right already.
 
@@ -72,7 +73,7 @@ def render(
         text: the file as it is.
         entries: address and name, in any order; without any the section is removed.
         instance: name of the interface; None is the same as ngrokd0.
-        subnet: our addresses; tells our lines from others where the END marker is lost.
+        subnet: our addresses, in one network or several; tells our lines from others where the END marker is lost.
 
     Raises:
         HostsRefused: an entry is not what may stand in the file; nothing must be written.
@@ -93,7 +94,7 @@ def render(
     return base + block
 
 
-def remove(text: bytes, instance: str | None = None, *, subnet: IPv4Network | None = None) -> bytes:
+def remove(text: bytes, instance: str | None = None, *, subnet: Subnets = None) -> bytes:
     """The file without this instance's section and markers, closed, unclosed, nested or repeated."""
     label = _label(instance)
     kept: list[bytes] = []
@@ -114,7 +115,7 @@ def remove(text: bytes, instance: str | None = None, *, subnet: IPv4Network | No
     return b"".join(kept)
 
 
-def survey(text: bytes, instance: str | None = None, *, subnet: IPv4Network | None = None) -> Survey:
+def survey(text: bytes, instance: str | None = None, *, subnet: Subnets = None) -> Survey:
     """Find out who claims which name; see `Survey`. Commented lines claim nothing."""
     label = _label(instance)
     rest: list[bytes] = []
@@ -140,7 +141,7 @@ def survey(text: bytes, instance: str | None = None, *, subnet: IPv4Network | No
     return Survey(frozenset(word.removesuffix(".") for word in foreign), own, elsewhere)
 
 
-def foreign_names(text: bytes, instance: str | None = None, *, subnet: IPv4Network | None = None) -> set[str]:
+def foreign_names(text: bytes, instance: str | None = None, *, subnet: Subnets = None) -> set[str]:
     """Every name that somebody else has: in the foreign part, and in the sections of other instances."""
     found = survey(text, instance, subnet=subnet)
     return set(found.foreign).union(found.elsewhere)
@@ -243,7 +244,7 @@ def _markers(text: bytes) -> Iterator[tuple[bytes, str, int, int]]:
         at = text.find(_MANAGED, at + len(_MANAGED))
 
 
-def _judge(body: bytes, closed: bool, subnet: IPv4Network | None) -> Iterator[tuple[bytes, Sequence[bytes] | None]]:
+def _judge(body: bytes, closed: bool, subnet: Subnets) -> Iterator[tuple[bytes, Sequence[bytes] | None]]:
     """Each line of a section with (address, name) when it is the section's own, () for its comment, None if foreign."""
     unbroken = True
     for match in _ANY_LINE.finditer(body):
@@ -258,11 +259,12 @@ def _judge(body: bytes, closed: bool, subnet: IPv4Network | None) -> Iterator[tu
             yield line, None
 
 
-def _within(address: bytes, subnet: IPv4Network) -> bool:
+def _within(address: bytes, subnet: IPv4Network | IPv6Network | tuple[IPv4Network | IPv6Network, ...]) -> bool:
     try:
-        return IPv4Address(address.decode("ascii")) in subnet
+        found = ip_address(address.decode("ascii"))
     except ValueError:
         return False
+    return any(found in network for network in (subnet if isinstance(subnet, tuple) else (subnet,)))
 
 
 def _folded(name: bytes) -> str:

@@ -22,6 +22,7 @@ from ngrokd import config
 from ngrokd.config import Settings
 from ngrokd.daemon import Daemon
 from ngrokd.lab.world import Lab, open_memory_lab
+from ngrokd.names.twins import Twins
 from ngrokd.relay.transport import Transport
 from tun import Device
 from tun.testing.apppeer import AppHost
@@ -53,6 +54,7 @@ class MemoryMachine:
         self._wall = wall
         self.device, self.app_side = cable
         self.prepared = False
+        self.ipv6 = False
         self.public: set[str] = set()
 
     def wall(self) -> float:
@@ -94,7 +96,11 @@ class MemoryMachine:
 
         yield none()
 
-    def prepare(self, settings: Settings) -> Device:
+    async def is_refused(self, address: str, port: int) -> bool:
+        """There is no kernel here that could lead anybody anywhere."""
+        raise AssertionError(f"nobody was to knock at {address}:{port}")
+
+    def prepare(self, settings: Settings, twins: Twins | None = None) -> Device:
         """The daemon's end of the cable."""
         assert not self.prepared
         self.prepared = True

@@ -113,6 +113,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
             "mode": "auto",
             "interface": "ngrokd0",
             "subnet": "10.107.0.0/16",
+            "subnet6": "auto",
             "mtu": 0,
             "offload": True,
             "allow_sources": [],
@@ -206,6 +207,10 @@ def test_origins_say_where_a_value_was_written() -> None:
         ('[net]\nsubnet = "10.107.0.0/31"', "expected an IPv4 network from /8 to /30"),
         ('[net]\nsubnet = "127.0.0.0/8"', "not a loopback, link-local or multicast one"),
         ('[net]\nsubnet = "fd00::/64"', "expected an IPv4 network"),
+        ('[net]\nsubnet6 = "fd00::/120"', "expected an IPv6 network from /8 to /112"),
+        ('[net]\nsubnet6 = "10.0.0.0/8"', 'expected "auto", "off" or an IPv6 network such as "fd12:3456:789a::/64"'),
+        ('[net]\nsubnet6 = "fe80::/64"', "not a loopback, link-local or multicast one"),
+        ('[net]\nsubnet6 = "fd00::1/64"', '(did you mean "fd00::/64"?)'),
         ('[net]\nallow_sources = ["10.0.0.0/8", "x"]', 'net.allow_sources: expected a list of networks such as'),
         ('[net]\nallow_sources = "10.0.0.0/8"', '(did you mean ["10.0.0.0/8"]?)'),
         ('[net]\ninterface = "a/b"', "expected an interface name of 1 to 15"),
@@ -445,7 +450,7 @@ def test_no_bytes_raise_anything_but_a_config_error(data: bytes) -> None:
 
 def commented_out(text: str) -> str:
     """The shipped file with every key switched on."""
-    return re.sub(r"^#(?=[a-z_]+ = )", "", text, flags=re.MULTILINE)
+    return re.sub(r"^#(?=[a-z0-9_]+ = )", "", text, flags=re.MULTILINE)
 
 
 def test_the_shipped_file_holds_every_key_at_its_default() -> None:
@@ -466,7 +471,7 @@ def test_the_shipped_file_explains_every_key_and_says_which_are_live() -> None:
     for line in SHIPPED.read_text().splitlines():
         if line.startswith("["):
             section, comment = line.strip("[]"), ""
-        elif found := re.match(r"#([a-z_]+) = ", line):
+        elif found := re.match(r"#([a-z0-9_]+) = ", line):
             said[f"{section}.{found[1]}"], comment = comment, ""
         else:
             comment = comment + line[1:] if line.startswith("#") else ""

@@ -1,0 +1,149 @@
+"""Names over IPv6 on a real kernel: there when the way is open, absent when it is not."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from ipaddress import IPv6Address, IPv6Network
+from pathlib import Path
+
+import pytest
+
+from tests.netns.stage import Stage
+from tests.netns.support import Namespace
+
+pytestmark = pytest.mark.netns
+
+HALF_CLOSE_CLIENT = """
+import hashlib, socket, sys
+data = bytes(range(256)) * 16384
+wanted = hashlib.sha256(data).hexdigest().encode()
+with socket.socket(socket.AF_INET6) as s:
+    s.settimeout(10)
+    s.connect((sys.argv[1], int(sys.argv[2])))
+    s.sendall(data)
+    s.shutdown(socket.SHUT_WR)
+    answer = b""
+    while part := s.recv(65536):
+        answer += part
+    assert wanted in answer and str(len(data)).encode() in answer, answer[:200]
+print("ok")
+"""
+
+
+@pytest.fixture
+def stage(netns: Callable[[], Namespace]) -> Iterator[Callable[[], Stage]]:
+    made: list[Stage] = []
+
+    def make() -> Stage:
+        ns = netns()
+        if ns.run(["sh", "-c", "cat /proc/sys/net/ipv6/conf/all/disable_ipv6 || echo 1"]).stdout.strip() != "0":
+            pytest.skip("this kernel has no IPv6")
+        made.append(Stage(ns, "--demo"))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def addresses(play: Stage, name: str = "hello.demo") -> list[str]:
+    """What the hosts file says of a name, in its order."""
+    return re.findall(rf"^(\S+)\t{re.escape(name)}$", play.hosts(), re.MULTILINE)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def set_ipv6(play: Stage, where: str, disabled: int) -> None:
+    play.ns.run(["sh", "-c", f"echo {disabled} >/proc/sys/net/ipv6/conf/{where}/disable_ipv6"])
+
+
+def test_names_lead_to_us_over_both_versions(stage: Callable[[], Stage]) -> None:
+    """Two lines for each name; IPv6-only lookups get ours and nothing of anybody else's; bytes are exact."""
+    play = stage()
+    play.start()
+
+    four, six = addresses(play)
+    assert four.startswith("10.107.")
+    network = IPv6Network(play.status()["subnet6"])
+    assert IPv6Address(six) in network
+    assert network.subnet_of(IPv6Network("fd00::/8"))
+    assert int(IPv6Address(six)) & 0xFFFFFFFF == int.from_bytes(map(int, four.split(".")))
+    found = {line.split()[0] for line in play.ns.run(["getent", "ahostsv6", "hello.demo"]).stdout.splitlines()}
+    assert found == {six}
+    greetings = {play.ns.run(["curl", "-sS", "-m", "10", f"-{n}", "http://hello.demo/"]).stdout for n in (4, 6)}
+    assert all(greetings)
+    word = play.ns.run(["curl", "-sS", "-m", "10", "-6", "http://hello.demo:81/"], check=False)
+    assert word.returncode == 7
+    assert play.ns.python(HALF_CLOSE_CLIENT, "answer.demo", "9000", timeout=60).stdout == "ok\n"
+
+
+def test_a_restart_keeps_the_addresses_and_an_end_leaves_none(stage: Callable[[], Stage]) -> None:
+    play = stage()
+    before, hosts = play.network(), play.hosts()
+    play.start()
+    wanted = addresses(play)
+    assert play.stop() == 0
+    assert play.network() == before
+    assert play.hosts() == hosts
+
+    daemon = play.start()
+    assert addresses(play) == wanted
+    daemon.kill()
+    daemon.wait(timeout=5)
+    gone = play.ns.run(["curl", "-sS", "-m", "5", "-6", "http://hello.demo/"], check=False)
+    assert gone.returncode == 7, "the guard route must answer at once"
+    play.start()
+    assert addresses(play) == wanted
+    assert play.stop() == 0
+    assert play.network() == before
+    assert play.hosts() == hosts
+
+
+def test_a_machine_without_ipv6_loses_nothing_else(stage: Callable[[], Stage]) -> None:
+    play = stage()
+    set_ipv6(play, "all", 1)
+    daemon = play.start()
+
+    assert len(addresses(play)) == 1
+    assert play.status()["subnet6"] == ""
+    assert play.status()["state"] == "ready"
+    assert daemon.stderr.count("IPv6") == 1
+    assert play.ns.run(["curl", "-sS", "-m", "10", "http://hello.demo/"]).stdout
+    assert play.stop() == 0
+
+
+def test_lines_follow_the_way(stage: Callable[[], Stage]) -> None:
+    """Somebody takes the route away: it is put back. Switches IPv6 off: the lines go, and come back with it."""
+    play = stage()
+    play.start()
+    wanted = addresses(play)
+    network = play.status()["subnet6"]
+
+    play.ns.run(["ip", "-6", "route", "del", network, "dev", "ngrokd0"])
+    until(lambda: network in play.ns.run(["ip", "-6", "route", "show", "dev", "ngrokd0"]).stdout)
+    set_ipv6(play, "ngrokd0", 1)
+    until(lambda: len(addresses(play)) == 1)
+    assert play.status()["state"] == "ready"
+    assert play.ns.run(["curl", "-sS", "-m", "10", "http://hello.demo/"]).stdout
+    set_ipv6(play, "ngrokd0", 0)
+    until(lambda: addresses(play) == wanted)
+    assert play.ns.run(["curl", "-sS", "-m", "10", "-6", "http://hello.demo/"]).stdout
+
+
+def test_it_can_be_configured_or_switched_off(stage: Callable[[], Stage]) -> None:
+    play = stage()
+    text = Path(play.lab.config).read_text()
+    for subnet6, wanted in (('"fd12:3456::/112"', "fd12:3456::2"), ('"off"', "")):
+        config = play.directory / "other.toml"
+        config.write_text(f"{text}\n[net]\nsubnet6 = {subnet6}\n")
+        play.start(config=str(config))
+        found = [address for line in play.hosts().splitlines() if ":" in (address := line.partition("\t")[0])]
+        assert (wanted in found) if wanted else not [address for address in found if address.startswith("fd")]
+        assert play.stop() == 0
