@@ -37,9 +37,9 @@ from ngrokd.names.reconcile import NOTHING, Desired, denied, dump_endpoints, loa
 CORPUS: Final = "api"
 MAX_LEN: Final = 2000
 TOKENS: Final = (
-    b'{"endpoints":[', b'],"next_page_uri":', b'"id":"ep_1"', b'"url":"https://a.prod"', b'"public_url":',
-    b'"proto":"http"', b'"name":', b'"description":', b"null", b"\\ud800", b"\\udc00", b"\\u0000", b"\\u202e",
-    b"\xff", b"1e999", b"NaN", b"{}", b"[]", b"true", b'"tcp://b.prod:5432"', b'"http://a.prod"',
+    b'"id":"e p"', b'{"endpoints":[', b'],"next_page_uri":', b'"id":"ep_1"', b'"url":"https://a.prod"',
+    b'"public_url":', b'"proto":"http"', b'"name":', b'"description":', b"null", b"\\ud800", b"\\udc00", b"\\u0000",
+    b"\\u202e", b"\xff", b"1e999", b"NaN", b"{}", b"[]", b"true", b'"tcp://b.prod:5432"', b'"http://a.prod"',
     b'"tls://a.prod:443/"', b"9" * 40, b"[[[[[[[[", b'"error_code":"ERR_NGROK_226"', b'"status_code":404',
     b'"msg":"', b'"binding":{"cert":{"cert":"-----BEGIN CERTIFICATE-----"', b'"ingress_endpoint":"a.b:443"',
     b'"not_before":"0001-01-01T00:00:00+23:59"', b"https://api.ngrok.com/x?before_id=1", b"//evil", b"/\\evil",

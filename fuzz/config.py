@@ -23,10 +23,10 @@ TOKENS: Final = (
     b"[api]\n", b"[ingress]\n", b"[net]\n", b"[limits]\n", b"[hosts]\n", b"[control]\n", b"[http]\n", b"[log]\n",
     b"[state]\n", b'key = "KEY-CANARY-0123"\n', b'poll_interval = "30s"\n', b'subnet = "10.107.0.0/16"\n',
     b"mtu = 1500\n", b'buffer = "512KiB"\n', b'allow_sources = ["172.17.0.0/16"]\n', b'listen = "127.0.0.1:8081"\n',
-    b'url = "https://api.ngrok.com"\n', b"[[api]]\n", b'"""', b"'''", b"\\u0000", b"\\U0010ffff", b"0x", b"inf",
-    b"nan", b"1979-05-27T07:32:00Z", b"{ a = 1 }", b"a.b.c = 1\n", b'ca_fingerprints = []\n', b"= 0x" + b"f" * 40,
-    b"[::1]:443", b"fe80::1%eth0/64", b"1e400", b"-1", b"\r\n", b"#", b"timeout", b"drain = \"0.0000001s\"\n",
-    b"[a.b]\n", b"log.level = 'debug'\n",
+    b'url = "https://api.ngrok.com"\n', b"[[api]]\n", b'"""', b'"""x""""', b"'''y'''''", b"'''", b"\\u0000",
+    b"\\U0010ffff", b"0x", b"inf", b"nan", b"1979-05-27T07:32:00Z", b"{ a = 1 }", b"a.b.c = 1\n",
+    b'ca_fingerprints = []\n', b"= 0x" + b"f" * 40, b"[::1]:443", b"fe80::1%eth0/64", b"1e400", b"-1", b"\r\n",
+    b"#", b"timeout", b"drain = \"0.0000001s\"\n", b"[a.b]\n", b"log.level = 'debug'\n",
 )  # fmt: skip
 
 FILE: Final = "/etc/ngrokd/config.toml"
