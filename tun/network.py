@@ -32,7 +32,7 @@ from typing import Final, TypeAlias
 import trio
 
 from tun.core.machine import Flow
-from tun.core.stack import Stack
+from tun.core.stack import ReceivedDatagram, Stack
 from tun.core.states import STATE_NAMES
 from tun.device.base import Device
 from tun.errors import DeviceError
@@ -59,12 +59,20 @@ class Network:
 
     `on_request` is called inside the batch with each new `FlowRequest`; it must not block or raise. Whoever gets the
     request owes it exactly one decision, `accept` or `refuse`; see `FlowRequest` for what happens otherwise.
+    `on_datagram` is called likewise with what came for the services of `Stack.set_udp_served`; `answer` answers it.
     """
 
-    def __init__(self, device: Device, stack: Stack, on_request: Callable[[FlowRequest], None]) -> None:
+    def __init__(
+        self,
+        device: Device,
+        stack: Stack,
+        on_request: Callable[[FlowRequest], None],
+        on_datagram: Callable[[ReceivedDatagram], None] | None = None,
+    ) -> None:
         self.device = device
         self.stack = stack
         self._on_request = on_request
+        self._on_datagram = on_datagram
         self._now: Callable[[], float] = trio.current_time
         self._scope: trio.CancelScope | None = None
         self._blocked: dict[Flow, None] = {}
@@ -123,6 +131,9 @@ class Network:
             request = FlowRequest(self, flow)
             flow.owner = request
             self._on_request(request)
+        if self._on_datagram is not None:
+            for datagram in stack.take_datagrams():
+                self._on_datagram(datagram)
         for flow in stack.take_touched():
             owner = flow.owner
             if owner is not None:
@@ -130,6 +141,14 @@ class Network:
             self.flush(flow)
         self._write_replies()
         self._rearm()
+
+    def answer(self, datagram: ReceivedDatagram, payload: bytes | memoryview) -> None:
+        """Answer a datagram, at any time after it came; lost when the device is full, as datagrams are.
+
+        Raises: ValueError when `payload` is longer than 65507 bytes.
+        """
+        self.stack.reply_datagram(datagram, payload)
+        self._write_replies()
 
     def flush(self, flow: Flow) -> None:
         """Let `flow` write what it owes; when the device is full it is asked again as soon as there is room."""

@@ -29,7 +29,7 @@ from scapy.layers.inet6 import (  # noqa: TID251 - an oracle
 from scapy.packet import Packet, Raw  # noqa: TID251 - an oracle
 from trio.testing import MockClock
 
-from tun.core.stack import Flow, Stack, StackSettings
+from tun.core.stack import Flow, ReceivedDatagram, Stack, StackSettings
 from tun.network import FlowRequest, Network
 from tun.testing.apppeer import AppHost, address_bytes
 from tun.testing.memory import memory_pair
@@ -37,6 +37,7 @@ from tun.wire import verdict
 from tun.wire.checksum import complete
 from tun.wire.ipv6 import Ipv6Header, parse_ipv6, walk_extensions
 from tun.wire.tcp import SYN, build_tcp
+from tun.wire.udp import build_udp
 
 APP, ENDPOINT, NOBODY = "fd12:3456:789a::a6b:1", "fd12:3456:789a::a6b:2", "fd12:3456:789a::a6b:63"
 SETTINGS = StackSettings(
@@ -530,3 +531,28 @@ async def test_megabytes_go_both_ways(autojump_clock: MockClock, stamps: bool) -
         assert received == data
         assert stream.peer.complaints == []
         nursery.cancel_scope.cancel()
+
+
+async def test_the_pump_hands_datagrams_out_and_takes_answers(autojump_clock: MockClock) -> None:
+    """At once or later; over both versions."""
+    del autojump_clock
+    near, far = memory_pair()
+    stack = Stack(SETTINGS, b"s" * 16)
+    four = b"\x0a\x6b\0\2"
+    stack.set_udp_served({four: frozenset((53,)), address_bytes(ENDPOINT): frozenset((53,))})
+    seen: list[ReceivedDatagram] = []
+    network = Network(near, stack, FlowRequest.refuse, seen.append)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(network.run)
+        far.write_packet(bytes(ip() / UDP(sport=9, dport=53) / Raw(b"six")))
+        far.write_packet(bytes(build_udp(b"\x0a\x6b\0\1", four, 9, 53, b"four")))
+        await trio.sleep(1)
+        assert [bytes(datagram.payload) for datagram in seen] == [b"six", b"four"]
+        for datagram in seen:
+            network.answer(datagram, bytes(datagram.payload).upper())
+        answers = [packet[far.prefix :] for packet in (far.read(), far.read()) if packet is not None]
+        nursery.cancel_scope.cancel()
+
+    assert bytes(judged(answers[0])[UDP].payload) == b"SIX"
+    assert answers[1][28:] == b"FOUR"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from ipaddress import IPv4Address, IPv4Network, IPv6Address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 import pytest
 from hypothesis import example, given
@@ -122,6 +122,14 @@ def test_after_a_lost_end_only_lines_of_our_subnet_go() -> None:
 
     assert remove(text, subnet=SUBNET) == DEBIAN
     assert render(text, [A], subnet=SUBNET) == DEBIAN + BEGIN + b"10.107.0.2\ta.prod\n" + END
+
+
+def test_after_a_lost_end_lines_of_both_our_subnets_go() -> None:
+    """A name has a line of each version."""
+    strange = b"fd99::2\tprinter.example\n"
+    text = DEBIAN + BEGIN + b"10.107.0.2\ta.prod\n" + strange + b"fd12::a6b:2\ta.prod\n"
+
+    assert remove(text, subnet=(SUBNET, IPv6Network("fd12::/64"))) == DEBIAN + strange
 
 
 def test_after_a_lost_end_without_a_subnet_only_the_unbroken_run_goes() -> None:
