@@ -11,6 +11,7 @@ import random
 import struct
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 import pytest
 
@@ -211,6 +212,28 @@ def test_half_open_flows_of_a_flood_push_out_each_other() -> None:
     assert wire.stack.flow_count == 5
 
 
+def test_the_oldest_is_found_without_a_search() -> None:
+    """Thousands of open flows before it must not make each SYN of a flood a walk through all of them."""
+
+    class Watched(dict[bytes, Flow]):
+        def values(self) -> NoReturn:
+            raise AssertionError("a search through all flows")
+
+    wire = Wire(tuned(half_open=3))
+    for port in range(1000, 1010):
+        wire.connect(port)
+    wire.stack._table.flows = Watched(wire.stack._table.flows)
+    wire.stack.flows = wire.stack._table.flows
+    for port in range(2000, 2010):
+        wire.give(segment(port, 0, SYN))
+        (request,) = wire.stack.take_requests()
+        wire.stack.accept(request, wire.now)
+        wire.serve()
+
+    assert wire.stack.half_open_count == 3
+    assert wire.stack.flow_count == 13
+
+
 def test_a_flood_does_not_disturb_who_is_connected() -> None:
     """Bytes go on while SYNs, strays and noise come by the thousand."""
     wire = Wire()
@@ -274,10 +297,11 @@ def test_a_drip_is_no_progress() -> None:
     assert wire.stack.buffered_bytes < 2 * 2**20
 
 
-def test_timewait_cannot_be_filled() -> None:
-    """17,000 connections that end at once: 16,384 records, no flow, no bytes."""
+def test_timewait_cannot_be_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,500 connections that end at once, room for 1,000 records: no flow is left, and no byte."""
+    monkeypatch.setattr("tun.core.flows.TIME_WAIT_LIMIT", 1000)
     wire = Wire()
-    for index in range(17_000):
+    for index in range(1500):
         source = struct.pack("!I", 0xAC100001 + index // 1000)
         flow = wire.connect(1000 + index % 1000, source)
         flow.finish(wire.now)
@@ -285,7 +309,7 @@ def test_timewait_cannot_be_filled() -> None:
         wire.give(segment(1000 + index % 1000, 1, ACK | FIN, ack=flow.snd_nxt, source=source))
     wire.check()
 
-    assert wire.stack.time_wait_count == 16384
+    assert wire.stack.time_wait_count == 1000
     assert (wire.stack.flow_count, wire.stack.buffered_bytes) == (0, 0)
 
 

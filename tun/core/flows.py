@@ -45,20 +45,34 @@ class FlowTable:
     Attributes:
         flows: live flows, requests included.
         time_wait: records by key, in the order in which they expire.
-        undecided: flows in SYN_PENDING; `half_open`: in SYN_RECEIVED.
+        undecided: how many flows are in SYN_PENDING.
+        half_open_flows: those in SYN_RECEIVED, the oldest first.
         foreign, foreign_half_open: of these, those of each source that is not this host; `foreign_undecided`: of all.
     """
 
-    __slots__ = ("flows", "foreign", "foreign_half_open", "foreign_undecided", "half_open", "time_wait", "undecided")
+    __slots__ = (
+        "flows",
+        "foreign",
+        "foreign_half_open",
+        "foreign_undecided",
+        "half_open_flows",
+        "time_wait",
+        "undecided",
+    )
 
     def __init__(self) -> None:
         self.flows: dict[bytes, Flow] = {}
         self.time_wait: dict[bytes, TimeWait] = {}
         self.undecided: int = 0
-        self.half_open: int = 0
+        self.half_open_flows: dict[bytes, Flow] = {}
         self.foreign: dict[bytes, int] = {}  # undecided, by source
         self.foreign_undecided: int = 0
         self.foreign_half_open: dict[bytes, int] = {}
+
+    @property
+    def half_open(self) -> int:
+        """How many flows are in SYN_RECEIVED."""
+        return len(self.half_open_flows)
 
     def add(self, flow: Flow) -> None:
         """Take in a new request."""
@@ -82,11 +96,11 @@ class FlowTable:
                 self.foreign_undecided -= 1
                 _count(self.foreign, flow.source[0], -1)
         elif before == SYN_RECEIVED:
-            self.half_open -= 1
+            self.half_open_flows.pop(flow.key, None)
             if not flow.local:
                 _count(self.foreign_half_open, flow.source[0], -1)
         if now == SYN_RECEIVED:
-            self.half_open += 1
+            self.half_open_flows[flow.key] = flow
             if not flow.local:
                 _count(self.foreign_half_open, flow.source[0], 1)
 
@@ -98,8 +112,8 @@ class FlowTable:
 
     def oldest_half_open(self, source: bytes | None) -> Flow | None:
         """The flow that has been half-open longest, of one source or of all."""
-        for flow in self.flows.values():  # in the order of their SYNs
-            if flow.counted == SYN_RECEIVED and (source is None or flow.source[0] == source):
+        for flow in self.half_open_flows.values():
+            if source is None or flow.source[0] == source:
                 return flow
         return None
 
