@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from tests.netns.support import require_namespaces
-from tests.netns.transfers import ENDINGS, MAX_BYTES, plan, run_transfers
+from tests.netns.transfers import ENDINGS, FAMILIES, MAX_BYTES, plan, run_transfers
 
 
 @pytest.mark.timeout(300)
@@ -29,8 +31,8 @@ def test_the_plan_holds_every_size_way_and_ending(seed: int) -> None:
     assert transfers == plan(200, seed) != plan(200, seed + 1)
     sizes = [max(transfer.up, transfer.down) for transfer in transfers]
     assert (min(sizes), max(sizes)) == (1, MAX_BYTES)
-    assert {(transfer.ending, transfer.up > transfer.down) for transfer in transfers} == {
-        (ending, up) for ending in ENDINGS for up in (True, False)
-    }
+    assert {(transfer.ending, transfer.up > transfer.down, transfer.family) for transfer in transfers} == set(
+        itertools.product(ENDINGS, (True, False), FAMILIES)
+    )
     assert any(transfer.up and transfer.down for transfer in transfers)
     assert sum(transfer.up + transfer.down for transfer in plan(10_000, seed)) < 15_000_000_000

@@ -19,6 +19,7 @@ import errno
 import functools
 import hashlib
 import math
+import os
 import socket
 import struct
 import subprocess
@@ -37,7 +38,12 @@ from tun.device.linux import LinuxTun, open_tun
 from tun.network import FlowRequest, FlowStream, Network
 from tun.testing.memory import Faults, FaultyDevice
 
-ENDPOINT: Final = ("10.107.0.2", 80)
+PORT: Final = 80
+# A kernel without IPv6 (ipv6.disable=1) has no such file.
+FAMILIES: Final = (socket.AF_INET, socket.AF_INET6) if os.path.exists("/proc/net/if_inet6") else (socket.AF_INET,)
+ENDPOINTS: Final = {socket.AF_INET: "10.107.0.2", socket.AF_INET6: "fd6b::2"}
+HOSTS: Final = {socket.AF_INET: "10.107.0.1", socket.AF_INET6: "fd6b::1"}
+MASK6: Final = ((1 << 64) - 1) << 64
 MAX_BYTES: Final = 16 * 2**20
 FAULTS: Final = Faults(loss=0.02, duplication=0.02, reordering=0.02, corruption=0.02, hold_s=0.002)
 AT_ONCE: Final = 24
@@ -59,11 +65,13 @@ class Transfer:
 
     Attributes:
         up, down: bytes from the app and to it.
+        family: AF_INET or AF_INET6.
         ending: one of ENDINGS. With "app first" we answer after the app's end, with "we first" the app after ours.
         cut: with a reset, how many bytes the one who resets has received before.
     """
 
     number: int
+    family: socket.AddressFamily
     up: int
     down: int
     ending: str
@@ -89,7 +97,8 @@ def plan(count: int, seed: int) -> list[Transfer]:
         up, down = (size, other) if number % 2 else (other, size)
         ending = ENDINGS[number // 2 % len(ENDINGS)]
         cut = chance.randrange((up if ending == "we reset" else down) + 1)
-        transfers.append(Transfer(number, up, down, ending, cut))
+        family = FAMILIES[number // 20 % len(FAMILIES)]
+        transfers.append(Transfer(number, family, up, down, ending, cut))
     return transfers
 
 
@@ -143,11 +152,21 @@ class Run:
         self._tun = _open(ns, offload)
         self._device = FaultyDevice(self._tun, Random(seed), reading=FAULTS, writing=FAULTS, split=True)
         # A reset that got lost is noticed by whoever asks, so both sides ask soon.
-        settings = StackSettings(offload=offload, keepalive_idle=1.0, keepalive_interval=0.5)
+        gateway6 = int.from_bytes(socket.inet_pton(socket.AF_INET6, HOSTS[socket.AF_INET6]), "big")
+        settings = StackSettings(
+            offload=offload,
+            keepalive_idle=1.0,
+            keepalive_interval=0.5,
+            gateway6=gateway6.to_bytes(16, "big"),
+            network6=gateway6 & MASK6,
+            mask6=MASK6,
+        )
         self._stack = Stack(settings, bytes(32))
-        self._stack.set_served({bytes((10, 107, 0, 2)): frozenset({ENDPOINT[1]})})
+        self._stack.set_served(
+            {socket.inet_pton(family, address): frozenset({PORT}) for family, address in ENDPOINTS.items()}
+        )
         self._network = Network(self._device, self._stack, self._on_request)
-        self._by_port: dict[int, tuple[Transfer, Outcome]] = {}
+        self._by_source: dict[tuple[str, int], tuple[Transfer, Outcome]] = {}
         self._nursery: trio.Nursery | None = None
         self._done: dict[int, trio.Event] = {}
         self.report = Report()
@@ -203,16 +222,16 @@ class Run:
         """What went wrong, or ""."""
         at_app, at_us = Outcome(), Outcome()
         done = self._done[transfer.number] = trio.Event()
-        client = trio.socket.from_stdlib_socket(self._ns.call(socket.socket))
+        client = trio.socket.from_stdlib_socket(self._ns.call(socket.socket, transfer.family))
         with client:
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for option, value in ((socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, 30)):
                 client.setsockopt(socket.IPPROTO_TCP, option, value)
-            await client.bind(("10.107.0.1", 0))
-            self._by_port[client.getsockname()[1]] = transfer, at_us
+            await client.bind((HOSTS[transfer.family], 0))
+            self._by_source[client.getsockname()[:2]] = transfer, at_us
             try:
-                await client.connect(ENDPOINT)
+                await client.connect((ENDPOINTS[transfer.family], PORT))
             except ConnectionRefusedError:
                 at_app.ended = "reset"  # the SYN-ACK was lost, and our reset was the first that the app saw
             except OSError as error:
@@ -229,7 +248,7 @@ class Run:
         self._nursery.start_soon(self._serve, request)
 
     async def _serve(self, request: FlowRequest) -> None:
-        transfer, outcome = self._by_port[request.source[1]]
+        transfer, outcome = self._by_source[request.source]
         flow = request.accept()
         try:
             await _us(flow, transfer, outcome)
@@ -354,9 +373,13 @@ def _judge(transfer: Transfer, at_app: Outcome, at_us: Outcome) -> str:
 def _open(ns: Namespace, offload: bool) -> LinuxTun:
     tun = ns.call(open_tun, "tun0", offload=offload)
     ns.run(["ip", "link", "set", "tun0", "addrgenmode", "none"])
-    ns.run(["ip", "addr", "add", "10.107.0.1/32", "dev", "tun0"])
+    ns.run(["ip", "addr", "add", f"{HOSTS[socket.AF_INET]}/32", "dev", "tun0"])
+    if socket.AF_INET6 in FAMILIES:
+        ns.run(["ip", "addr", "add", f"{HOSTS[socket.AF_INET6]}/128", "dev", "tun0", "nodad"])
     ns.run(["ip", "link", "set", "tun0", "up", "mtu", "1500", "txqueuelen", "5000"])
     ns.run(["ip", "route", "add", "10.107.0.0/16", "dev", "tun0"])
+    if socket.AF_INET6 in FAMILIES:
+        ns.run(["ip", "route", "add", "fd6b::/64", "dev", "tun0"])
     return tun
 
 
