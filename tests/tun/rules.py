@@ -300,7 +300,7 @@ RULES: Final[Mapping[int, Rule]] = {
     ),
     68: _R(
         "device",
-        "The end of the device ends what waits for it and sends nothing; flows can be told to end all at once.",
+        "When the device goes, flows wait for another one; told to end, all end at once.",
         "",
     ),
 }

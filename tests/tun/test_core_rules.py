@@ -553,7 +553,7 @@ def test_a_waiting_ack_is_put_off_by_nothing(play: Play) -> None:
 
 @pytest.mark.rule(43)
 @pytest.mark.scenario("tcp_zero_receive_window")
-@pytest.mark.parametrize("size", [1, 100, 512, 1000, 1460, 20000])
+@pytest.mark.parametrize("size", [10, 100, 512, 1000, 1460, 20000])
 def test_payloads_of_any_size_end_in_a_closed_window(size: int) -> None:
     """Whatever the window's granularity: no byte beyond the promise is taken, and at the end there is none."""
     book = Playbook(settings=tuned(receive_buffer=20000))
@@ -668,6 +668,25 @@ def test_an_ack_of_the_first_sending_counts_after_a_resending(play: Play) -> Non
     )
     assert book.flow is not None
     assert book.flow._rto_at == float("inf")
+
+
+@pytest.mark.rule(47)
+@pytest.mark.scenario("tcp_retransmits", "tcp_user_timeout")
+def test_gaps_double_up_to_a_minute(play: Play) -> None:
+    """Each time in turn until nobody is believed to be there any more, at the first that is due after 100 s."""
+    gaps = (0.25, 0.5, 1, 2, 4, 8, 16, 32)
+    resent = "\n".join(f"app < P. 1:101(100) ack 1   +{gap}s" for gap in gaps)
+    play(
+        f"""
+        us  | write 100
+        app < P. 1:101(100) ack 1
+        {resent}
+        us  | open                   +59.9s
+        app < R. 101:101(0) ack 1    +0.1s
+        us  | failure timeout
+        """,
+        begin=OPEN,
+    )
 
 
 @pytest.mark.rule(49)
