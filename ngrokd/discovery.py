@@ -562,11 +562,12 @@ class Discovery:
         settings, known = self.settings, self.known
         if not settings.hosts.enabled:
             return
-        entries: list[tuple[IPv4Address | IPv6Address, str]] = [*known.desired.hosts_entries()]
+        lines = known.desired.hosts_entries()
+        entries: list[tuple[IPv4Address | IPv6Address, str]] = [*lines]
         self._named_twins = self.name_twins
         if self._twins is not None and self._named_twins:
             of = self._twins.of
-            entries += [(of(address), host) for address, host in known.desired.hosts_entries()]
+            entries += [(of(address), host) for address, host in lines]
         try:
             # Remembered is the mark of a file that was then read and found right, so that no edit of others, however
             # soon after ours, is taken for our own.
