@@ -133,7 +133,9 @@ def segment(
 
 
 def resident() -> int:
-    """Bytes of memory that this process has."""
+    """Bytes of memory that this process has; 0 where only Linux would know."""
+    if not os.path.exists("/proc/self/statm"):
+        return 0
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
