@@ -195,8 +195,10 @@ class Narrator:
             ports = struct.unpack_from("!HH", rest)
             return f"{who} udp {ports[0]} > {ports[1]} ({len(rest) - 8})"
         if ip.protocol in (ICMP, ICMPV6) and len(rest) >= 8:
-            state = "" if ip.protocol == ICMPV6 or ones_complement_sum(rest) == 0xFFFF else " (bad checksum)"
-            return f"{who} icmp {rest[0]}/{rest[1]} ({len(rest) - 8}) {zlib.crc32(rest[8:]):08x}{state}"
+            covered = ip.pseudo + rest if ip.protocol == ICMPV6 else rest
+            state = "" if ones_complement_sum(covered) == 0xFFFF else " (bad checksum)"
+            name = "icmp6" if ip.protocol == ICMPV6 else "icmp"
+            return f"{who} {name} {rest[0]}/{rest[1]} ({len(rest) - 8}) {zlib.crc32(rest[8:]):08x}{state}"
         return f"{who} protocol {ip.protocol} ({len(rest)})"
 
     def _tell_tcp(self, tcp: Tcp, inbound: bool, gso_size: int) -> str:

@@ -25,7 +25,7 @@ import struct
 import zlib
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -54,6 +54,8 @@ SECRET: Final = b"a replay begins with these bytes"
 START_S: Final = 1000.0
 # Packets that were read so close to each other belong to one batch.
 BATCH_NS: Final = 1_000_000
+# The subnet of IPv6 endpoints is a /64.
+MASK6: Final = ((1 << 64) - 1) << 64
 # How long the stack goes on by itself after the last packet.
 AFTER_S: Final = 5.0
 
@@ -76,7 +78,14 @@ def load(path: Path) -> list[CapturedPacket]:
 def settings_of(packets: Sequence[CapturedPacket]) -> StackSettings:
     """What the recorded stack was told about its device, as `RecordingDevice` notes it."""
     noted = re.fullmatch(r"mtu (\d+), offload (on|off)", packets[0].description) if packets else None
-    return StackSettings(mtu=int(noted[1]), offload=noted[2] == "on") if noted else StackSettings()
+    settings = StackSettings(mtu=int(noted[1]), offload=noted[2] == "on") if noted else StackSettings()
+    for packet in packets:
+        ip = parse_ip(packet.packet)
+        if ip is not None and not packet.inbound and len(ip.source) == 16:
+            # The first one who was answered is this host.
+            network = int.from_bytes(ip.source, "big") & MASK6
+            return replace(settings, gateway6=ip.destination, network6=network, mask6=MASK6)
+    return settings
 
 
 # What the file says
@@ -154,7 +163,8 @@ class Script:
             if tcp is None:
                 ip = parse_ip(packet.packet)
                 # "Host unreachable" is said in the name of an address that nobody has.
-                if ip is not None and not packet.inbound and packet.packet[ip.start : ip.start + 2] != b"\x03\x01":
+                unreachable = b"\x03\x01" if ip is not None and len(ip.source) == 4 else b"\x01\x03"
+                if ip is not None and not packet.inbound and packet.packet[ip.start : ip.start + 2] != unreachable:
                     self.served.setdefault(ip.source, set())
             elif packet.inbound:
                 self._read_app(tcp)

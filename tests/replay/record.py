@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from ipaddress import ip_address
 from pathlib import Path
 from random import Random
 from typing import Final
@@ -21,7 +22,7 @@ from typing import Final
 import trio
 
 from tests.netns.support import missing_for_namespaces, open_namespace
-from tests.replay.scenarios import SCENARIOS, Scenario, Stage
+from tests.replay.scenarios import ENDPOINT, ENDPOINT6, SCENARIOS, Scenario, Stage
 from tun.core.stack import Stack, StackSettings
 from tun.device.base import Device
 from tun.device.linux import open_tun
@@ -50,6 +51,9 @@ async def record(scenario: Scenario, path: Path) -> Capture:
                 ns.run(["ip", "addr", "add", "10.107.0.1/32", "dev", "tun0"])
                 ns.run(["ip", "link", "set", "tun0", "up", "mtu", "1500", "txqueuelen", "5000"])
                 ns.run(["ip", "route", "add", "10.107.0.0/16", "dev", "tun0"])
+                if scenario.ipv6:
+                    ns.run(["ip", "addr", "add", "fd6b::1/128", "dev", "tun0", "nodad"])
+                    ns.run(["ip", "route", "add", "fd6b::/64", "dev", "tun0"])
                 capture = await _play(scenario, Stage(ns), tun, fd)
             finally:
                 tun.close()
@@ -67,8 +71,14 @@ async def _play(scenario: Scenario, stage: Stage, tun: Device, fd: int) -> Captu
     device = tun
     if scenario.faults != NO_FAULTS:
         device = FaultyDevice(tun, Random(1), reading=scenario.faults, writing=scenario.faults, split=True)
-    stack = Stack(StackSettings(offload=scenario.offload), os.urandom(32))
-    stack.set_served({bytes((10, 107, 0, 2)): frozenset(scenario.ports)})
+    settings = StackSettings(
+        offload=scenario.offload,
+        gateway6=ip_address("fd6b::1").packed,
+        network6=int(ip_address("fd6b::")),
+        mask6=((1 << 64) - 1) << 64,
+    )
+    stack = Stack(settings, os.urandom(32))
+    stack.set_served({ip_address(address).packed: frozenset(scenario.ports) for address in (ENDPOINT, ENDPOINT6)})
     with trio.fail_after(SCENARIO_TIMEOUT_S):
         async with trio.open_nursery() as nursery:
             network = Network(RecordingDevice(device, capture), stack, stage.serve)

@@ -1,7 +1,7 @@
 """What is recorded: real programs on a real kernel, and who answers them through our stack.
 
-An endpoint is 10.107.0.2. What answers on one of its ports is either a few lines of Python here, or a real server that
-listens on the loopback of the namespace and is reached through `relay`, as an ingress would be.
+An endpoint is 10.107.0.2, and fd6b::2. What answers on one of its ports is either a few lines of Python here, or a real
+server that listens on the loopback of the namespace and is reached through `relay`, as an ingress would be.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from tun.network import FlowRequest, FlowStream
 from tun.testing.memory import NO_FAULTS, Faults
 
 ENDPOINT: Final = "10.107.0.2"
+ENDPOINT6: Final = "fd6b::2"
 NOBODY: Final = "10.107.9.9"
+NOBODY6: Final = "fd6b::9:9"
 _SYSTEM_PATH: Final = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
 
 Handler = Callable[[FlowStream], Awaitable[None]]
@@ -153,6 +155,7 @@ class Scenario:
     ports: tuple[int, ...] = (80,)
     programs: tuple[str, ...] = ()
     offload: bool = True
+    ipv6: bool = False
     faults: Faults = NO_FAULTS
     linger_s: float = 0.3
 
@@ -238,6 +241,19 @@ async def curl_plain(stage: Stage) -> None:
     await stage.run("curl", "-sS", urls[0])
     out = await stage.run("curl", "-sS", "--data-binary", "@-", urls[1], text=body(100_000).decode())
     assert out == "100000 bytes\n"
+
+
+@scenario("curl-ipv6", "all of it over IPv6", ports=(80, 81), programs=("curl", "ping"), ipv6=True)
+async def curl_ipv6(stage: Stage) -> None:
+    stage.handlers[80] = http
+    there = f"http://[{ENDPOINT6}]"
+    assert len(await stage.run("curl", "-sS", f"{there}/1", f"{there}/100000")) == 100_001
+    out = await stage.run("curl", "-sS", "--data-binary", "@-", f"{there}/", text=body(100_000).decode())
+    assert out == "100000 bytes\n"
+    for url in (f"{there}:81/", f"{there}:82/", f"http://[{NOBODY6}]/"):
+        assert "connect" in await stage.run("curl", "-sS", "-m", "5", url, check=False)
+    for size in ("0", "1452", "1453", "5000"):
+        await stage.run("ping", "-6", "-n", "-c", "1", "-W", "2", "-s", size, ENDPOINT6)
 
 
 @scenario(

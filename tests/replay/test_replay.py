@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from scapy.layers.inet import ICMP, IP, TCP  # noqa: TID251 - the oracle
+from scapy.layers.inet import IP, TCP  # noqa: TID251 - the oracle
+from scapy.layers.inet6 import IPv6  # noqa: TID251
 from scapy.packet import Packet  # noqa: TID251
 
 from tests.netns.support import ROOT, require_namespaces
@@ -147,12 +148,15 @@ ONLY_WITH_SYN = {"MSS", "WScale", "SAckOK"}
 
 
 def check_with_scapy(packet: bytes) -> None:
-    parsed = IP(packet)
-    assert parsed.version == 4
-    assert parsed.len == len(packet)
-    assert parsed.flags == "DF"
+    parsed: Packet
+    if packet[0] >> 4 == 4:
+        parsed = IP(packet)
+        assert parsed.flags == "DF"
+    else:
+        parsed = IPv6(packet)
+        assert parsed.nh in (6, 58), "extension headers"
     assert bytes(remade(parsed)) == packet, "a checksum or a length is wrong"
-    if ICMP in parsed:
+    if not isinstance(parsed.payload, TCP):
         return
     tcp = parsed[TCP]
     names = [name for name, _ in tcp.options]
@@ -178,10 +182,14 @@ def check_with_scapy(packet: bytes) -> None:
 def remade(packet: Packet) -> Packet:
     """The packet with all that scapy can compute computed by scapy."""
     again = packet.copy()
-    for layer in (IP, TCP, ICMP):
-        if layer in again:
-            del again[layer].chksum
-    del again[IP].len
+    if isinstance(again, IP):
+        del again.chksum, again.len
+    else:
+        del again.plen
+    if str(again.payload.name).startswith("ICMPv6"):
+        del again.payload.cksum
+    else:
+        del again.payload.chksum
     return again
 
 
