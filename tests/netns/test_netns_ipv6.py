@@ -40,7 +40,7 @@ def stage(netns: Callable[[], Namespace]) -> Iterator[Callable[[], Stage]]:
         ns = netns()
         if ns.run(["sh", "-c", "cat /proc/sys/net/ipv6/conf/all/disable_ipv6 || echo 1"]).stdout.strip() != "0":
             pytest.skip("this kernel has no IPv6")
-        made.append(Stage(ns, "--demo"))
+        made.append(Stage(ns, "--demo", "--set", 'net.subnet6="auto"'))
         return made[-1]
 
     yield make
@@ -142,7 +142,7 @@ def test_it_can_be_configured_or_switched_off(stage: Callable[[], Stage]) -> Non
     text = Path(play.lab.config).read_text()
     for subnet6, wanted in (('"fd12:3456::/112"', "fd12:3456::2"), ('"off"', "")):
         config = play.directory / "other.toml"
-        config.write_text(f"{text}\n[net]\nsubnet6 = {subnet6}\n")
+        config.write_text(text.replace('subnet6 = "auto"', f"subnet6 = {subnet6}"))
         play.start(config=str(config))
         found = [address for line in play.hosts().splitlines() if ":" in (address := line.partition("\t")[0])]
         assert (wanted in found) if wanted else not [address for address in found if address.startswith("fd")]
