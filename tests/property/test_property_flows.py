@@ -30,7 +30,7 @@ from tun.core.machine import LAST_RESORT, WINDOW_SLACK
 from tun.core.stack import Flow, Stack, StackSettings
 from tun.core.states import FIN_WAIT_2, SYN_PENDING, SYN_RECEIVED
 from tun.seq import MASK
-from tun.testing.apppeer import AppPeer
+from tun.testing.apppeer import AppPeer, address_bytes
 from tun.testing.memory import NO_FAULTS, Faults, FaultyDevice, memory_pair
 from tun.wire.tcp import ACK, FIN, RST, SYN, build_tcp
 
@@ -38,9 +38,9 @@ EXAMPLES: Final = int(os.environ.get("PROPERTY_EXAMPLES", "0"))
 # A run that fails takes minutes to find the shortest story that fails.
 pytestmark = pytest.mark.timeout(0 if EXAMPLES else 900)
 
-HOST: Final = "10.107.0.1"
-ENDPOINT: Final = ("10.107.0.2", 80)
-HOST_BYTES, ENDPOINT_BYTES = bytes((10, 107, 0, 1)), bytes((10, 107, 0, 2))
+PORT: Final = 80
+# Host and endpoint, for IPv4 and IPv6.
+ADDRESSES: Final = (("10.107.0.1", "10.107.0.2"), ("fd6b::1", "fd6b::2"))
 SECRET: Final = bytes(range(32))
 
 MAX_CONNECTIONS: Final = 3
@@ -135,6 +135,9 @@ class Flows(RuleBasedStateMachine):
         seed: int,
     ) -> None:
         self.settings = StackSettings(
+            gateway6=address_bytes(ADDRESSES[1][0]),
+            network6=0xFD6B << 112,
+            mask6=((1 << 64) - 1) << 64,
             receive_buffer=receive_buffer,
             send_buffer=send_buffer,
             small_buffer=min(receive_buffer, send_buffer),
@@ -146,7 +149,7 @@ class Flows(RuleBasedStateMachine):
         ours, self.apps = memory_pair(offload=offload, vouch=vouch)
         self.device = FaultyDevice(ours, Random(seed), reading=faults, writing=faults, split=True, now=lambda: self.now)
         self.stack = Stack(self.settings, SECRET)
-        self.stack.set_served({ENDPOINT_BYTES: frozenset({ENDPOINT[1]})})
+        self.stack.set_served({address_bytes(endpoint): frozenset({PORT}) for _, endpoint in ADDRESSES})
 
     # -- apps ---------------------------------------------------------------------------------------------------------
 
@@ -161,6 +164,7 @@ class Flows(RuleBasedStateMachine):
         initial=st.sampled_from((0, 1, 2**31 - 1000, 2**32 - 2, 2**32 - 70_000, 123_456_789)),
         auto_read=st.booleans(),
         accepted=st.sampled_from((True, True, True, False)),
+        ipv6=st.booleans(),
     )
     def connect(
         self,
@@ -173,11 +177,13 @@ class Flows(RuleBasedStateMachine):
         initial: int,
         auto_read: bool,
         accepted: bool,
+        ipv6: bool,
     ) -> None:
         """An app asks for a connection; mostly it gets one at once."""
+        host, endpoint = ADDRESSES[ipv6]
         peer = AppPeer(
-            (HOST, 40_000 + self.opened),
-            ENDPOINT,
+            (host, 40_000 + self.opened),
+            (endpoint, PORT),
             mss=mss,
             window_scale=window_scale,
             timestamps=timestamps,
@@ -364,7 +370,7 @@ class Flows(RuleBasedStateMachine):
         ack = flow.snd_una & MASK if ack is None else ack
         before = flow.state, flow.rcv_nxt, flow.snd_una, flow.snd_edge
         packet = build_tcp(
-            HOST_BYTES, ENDPOINT_BYTES, connection.port, ENDPOINT[1],
+            flow.source[0], flow.destination[0], connection.port, PORT,
             seq=seq, ack=ack, flags=flags, window=ack & 0xFFFF, payload=b"X" * count,
         )  # fmt: skip
         self.stack.handle_packet(bytes(packet), 0, True, self.now)
@@ -426,9 +432,10 @@ class Flows(RuleBasedStateMachine):
         raise AssertionError("a storm of packets")
 
     def deliver(self, packet: bytes) -> None:
-        if packet[:1] != b"\x45" or packet[9] != 6 or len(packet) < 40:
+        start, protocol = (20, packet[9]) if packet[0] == 0x45 else (40, packet[6])
+        if protocol != 6 or len(packet) < start + 20:
             return
-        port = int.from_bytes(packet[22:24], "big")
+        port = int.from_bytes(packet[start + 2 : start + 4], "big")
         for connection in self.connections:
             if connection.port == port and not connection.app_gone:
                 connection.peer.handle_packet(packet, self.now)
@@ -475,15 +482,16 @@ class Flows(RuleBasedStateMachine):
         return self.device.write(header, views, gso_size)
 
     def note_window(self, header: bytes) -> None:
-        port, flags = int.from_bytes(header[22:24], "big"), header[33]
+        tcp = header[20:] if header[0] == 0x45 else header[40:]
+        port, flags = int.from_bytes(tcp[2:4], "big"), tcp[13]
         if flags & RST:
             return
         for connection in self.connections:
             flow = connection.flow
             if connection.port == port and flow is not None:
-                ack = int.from_bytes(header[28:32], "big")
+                ack = int.from_bytes(tcp[8:12], "big")
                 shift = 0 if flags & SYN else flow._receive_shift
-                window = int.from_bytes(header[34:36], "big") << shift
+                window = int.from_bytes(tcp[14:16], "big") << shift
                 edge = flow.rcv_nxt + ((ack - flow.rcv_nxt + (1 << 31)) & MASK) - (1 << 31) + window
                 # RFC 7323 2.4: what is not a multiple of the unit may once be told as less, and is accepted still.
                 rounds_down = flow._drift >= WINDOW_SLACK or flow.state == SYN_RECEIVED
@@ -623,7 +631,7 @@ class Flows(RuleBasedStateMachine):
 
 TestFlows = Flows.TestCase
 TestFlows.settings = settings(
-    max_examples=EXAMPLES or 800,
+    max_examples=EXAMPLES or 600,
     stateful_step_count=40,
     deadline=None,
     derandomize=not EXAMPLES,
