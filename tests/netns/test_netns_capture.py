@@ -1,0 +1,113 @@
+"""Captures of a real device: whole, right and in order, whenever they begin and end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import pytest
+import trio
+
+from tests.netns.support import Namespace
+from tests.netns.test_netns_stack import digest, echo, exchange, world
+from tests.replay.packets import parse_tcp
+from tests.replay.player import Player, load
+from tun.pcap import Capture, CaptureFilter, RecordingDevice
+
+
+@pytest.mark.parametrize("offload", [True, False])
+async def test_recording_begins_and_ends_under_load(
+    netns: Callable[[], Namespace], tmp_path: Path, offload: bool
+) -> None:
+    """The device is swapped again and again while megabytes pass: no byte is wrong, no packet of a capture either."""
+    data = Random(1).randbytes(30_000_000)
+    captures: list[Path] = []
+
+    async def swap(network: object, done: trio.Event) -> None:
+        while not done.is_set():
+            path = tmp_path / f"{len(captures)}.pcapng"
+            captures.append(path)
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT)
+            capture = Capture(fd, interests=CaptureFilter.of(["10.107.0.2"], [80]))
+            there.network.device = RecordingDevice(there.tun, capture)
+            await trio.sleep(0.02)
+            there.network.device = there.tun
+            capture.close()
+            os.close(fd)
+            assert capture.dropped == 0
+            await trio.sleep(0.005)
+
+    async with world(netns(), echo, offload=offload) as there:
+        done = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(swap, there.network, done)
+            assert digest(await exchange(there, data)) == digest(data)
+            done.set()
+
+    packets = [packet for path in captures for packet in load(path)]
+    assert len(captures) > 3
+    assert len(packets) > 100
+    assert {packet.inbound for packet in packets} == {True, False}
+    for packet in packets:
+        tcp = parse_tcp(packet.packet)
+        assert tcp is not None
+        assert tcp.good, "a checksum that nobody has completed"
+    longest = max(len(packet.packet) for packet in packets)
+    assert longest > 20_000 if offload else longest == 1500
+
+
+async def test_a_whole_capture_is_what_was_said(netns: Callable[[], Namespace], tmp_path: Path) -> None:
+    """What the file holds is enough to put both streams together again, and a fresh stack finds the same in it."""
+    data = Random(2).randbytes(3_000_000)
+    path = await _capture_of(netns(), tmp_path, data)
+
+    player = Player(load(path)).play()
+
+    (conversation,) = player.script.conversations.values()
+    assert digest(conversation.stream_from_app()) == digest(data)
+    assert digest(bytes(conversation.to_app)) == digest(data)
+    assert digest(bytes(player.owners[0].received)) == digest(data)
+
+
+async def test_wireshark_finds_nothing_wrong(netns: Callable[[], Namespace], tmp_path: Path) -> None:
+    """Neither with the packets nor with the conversation."""
+    if shutil.which("tshark") is None:
+        pytest.skip("tshark is not installed (apt-get install tshark)")
+    path = await _capture_of(netns(), tmp_path, Random(3).randbytes(1_000_000))
+    wrong = (
+        "_ws.malformed || ip.checksum.status == 0 || tcp.checksum.status == 0 || tcp.analysis.retransmission "
+        "|| tcp.analysis.lost_segment || tcp.analysis.ack_lost_segment || tcp.analysis.out_of_order "
+        "|| tcp.analysis.duplicate_ack || tcp.analysis.reused_ports"
+    )
+    checks = ["-o", "tcp.check_checksum:TRUE", "-o", "ip.check_checksum:TRUE"]
+
+    def show(what: str) -> list[str]:
+        command = ["tshark", "-n", "-r", str(path), *checks, "-Y", what]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+    assert show(wrong) == []
+    assert len(show("tcp.checksum.status == 1 && ip.checksum.status == 1")) == len(load(path))
+    assert (
+        show("frame.p2p_dir == 0 && ip.src == 10.107.0.1") == show("frame.p2p_dir == 1 && ip.dst == 10.107.0.1") == []
+    )
+
+
+async def _capture_of(ns: Namespace, directory: Path, data: bytes) -> Path:
+    """Record an exchange from its first packet to its last."""
+    path = directory / "whole.pcapng"
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT)
+    capture = Capture(fd, application="test")
+    async with world(ns, echo) as there:
+        there.network.device = RecordingDevice(there.tun, capture)
+        assert digest(await exchange(there, data)) == digest(data)
+        for _ in range(500):
+            if not there.stack.flow_count:
+                break
+            await trio.sleep(0.01)
+    capture.close()
+    os.close(fd)
+    return path
