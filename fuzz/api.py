@@ -53,6 +53,10 @@ NEVER: Final = re.compile(
 LINE: Final = re.compile(r"(10\.107\.0\.[0-9]{1,2})\t([a-z0-9_.-]{1,253})")
 SUBNET: Final = IPv4Network("10.107.0.0/28")
 REFUSED: Final = denied(machine=["this.host"], servers=["api.example"], hosts=hosts.survey(b"10.0.0.9 taken.prod\n"))
+HOSTS: Final = (
+    "a.prod", "b.prod", "A.Prod.", "c.d.e", "localhost", "taken.prod", "this.host", "api.ngrok.com", "10.0.0.1", "*.a",
+    "h1", "h2.x", "h3.x", "h4.x", "h5.x", "h6.x", "h7.x", "h8.x", "h9.x", "ha.x", "hb.x", "hc.x", "hd.x", "he.x",
+)  # fmt: skip
 WHAT: Final = "listing"
 STATUSES: Final = (200, 201, 204, 400, 401, 403, 404, 409, 429, 500, 502, 503, 301, 307, 418)
 
@@ -75,7 +79,11 @@ def run_one(data: bytes) -> None:
     kind = source.byte()
     chance = source.byte()
     body = source.rest()
-    if kind % 8 == 7:
+    if kind % 8 == 4:
+        listing = build(Source(body))
+        check_endpoints(listing)
+        check_plan(listing, chance)
+    elif kind % 8 == 7:
         check_error(body, STATUSES[chance % len(STATUSES)])
     elif kind % 8 == 6:
         check_operator(body)
@@ -87,6 +95,28 @@ def run_one(data: bytes) -> None:
             check_endpoints(listing)
             check_plan(listing, chance)
     check_retry(body)
+
+
+def build(source: Source) -> list[object]:
+    """A listing of valid JSON, out of few words, so that pools, quarrels about doors and repetitions are common."""
+    listing: list[object] = []
+    while source.more and len(listing) < 24:
+        what = source.byte()
+        port = source.pick(("", ":80", ":443", ":5432", ":0", ":65536"))
+        host = source.pick(HOSTS) if what & 7 else source.take(source.byte() & 31).decode("utf-8", "surrogateescape")
+        endpoint: dict[str, object] = {
+            "id": source.pick(("ep_1", "ep_2", "ep_3", "ep_4", "", None, 7)),
+            "public_url" if what & 8 else "url": source.pick(("http", "https", "tcp", "tls", "ftp", "HTTP"))
+            + "://"
+            + host
+            + port,
+        }
+        if what & 16:
+            endpoint["proto"] = source.pick(("http", "https", "tls", "TCP", "", None, "a b", 1))
+        if what & 32:
+            endpoint["name"] = source.take(source.byte() & 15).decode("latin-1")
+        listing.append(endpoint if what & 192 != 192 else source.pick((None, 1, "x", [], {}, endpoint)))
+    return listing
 
 
 def read_page(body: bytes) -> list[object]:
