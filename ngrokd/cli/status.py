@@ -87,7 +87,7 @@ def _facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Interface", f"{data.get('interface') or ''}{subnet}"),
         ("Hosts file", f"{hosts.get('path') or ''}{unnamed}"),
         ("Endpoints", _count(data)),
-        ("Connections", str(data["flows"]) if isinstance(data.get("flows"), int) else ""),
+        ("Connections", _connections(data)),
     ]
 
 
@@ -103,6 +103,13 @@ def _validity(not_after: object) -> str:
 def _count(data: Mapping[str, Any]) -> str:
     skipped = _list(data.get("skipped"))
     return str(data.get("endpoint_count", 0)) + (f", and {len(skipped)} skipped" if skipped else "")
+
+
+def _connections(data: Mapping[str, Any]) -> str:
+    if not isinstance(data.get("flows"), int):
+        return ""
+    ready = _table(data.get("pool")).get("ready")
+    return str(data["flows"]) + (f", and {ready} to the ingress kept ready" if isinstance(ready, int) and ready else "")
 
 
 def _skipped(data: Mapping[str, Any], width: int | None) -> list[str]:

@@ -757,7 +757,7 @@ class Daemon:
             "ingress": {
                 "endpoint": self._ingress_endpoint(),
                 "addresses": list(self._ingress_addresses),
-                "problem": self._ingress_problem or self.traffic.last_ingress_problem,
+                "problem": self._ingress_problem or self.traffic.last_ingress_problem or self.plane.ingress.problem,
             },
             "hosts": {
                 "enabled": self.settings.hosts.enabled,

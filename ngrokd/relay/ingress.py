@@ -150,6 +150,7 @@ class Ingress:
     def _changed(self) -> None:
         """Drop what would be made otherwise now, and try again what has failed."""
         self._stock.note_change()
+        self._pool.problem = ""
         self._pool.discard(lambda each: not self._connector.is_current(each))
         self._expect_requests()
 
@@ -210,8 +211,13 @@ class Ingress:
             "resumed_share": round(dialled["resumed"] / dials, 3) if dials else 0.0,
             "resumption": tickets.trial.value if tickets.enabled else "off",
             "idle_limit_s": None if math.isinf(limit) else round(limit, 1),
-            "problem": self._pool.problem,
+            "problem": self.problem,
         }
+
+    @property
+    def problem(self) -> str:
+        """Why connections cannot be kept ready, although they are wanted; known before the first app finds out."""
+        return self._pool.problem if self._stock.target(trio.current_time()) else ""
 
     # -- what it does
 
@@ -373,13 +379,13 @@ class Ingress:
         try:
             response = await self._upgrade(connection.stream, host, port)
         except BindingRefused:
-            self._stock.note_proof()
+            self._pool.note_proof()
             connection.stream.abort()
             raise
         except BaseException:
             connection.stream.abort()
             raise
-        self._stock.note_proof()
+        self._pool.note_proof()
         if connection.resumed:
             self._connector.tickets.note_served(connection.context)
         self._connector.collect(connection)

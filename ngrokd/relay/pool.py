@@ -97,7 +97,7 @@ class Pool:
     Attributes:
         dialing: connections being made for the pool.
         counts: hits, adopted, misses (of requests); ordered, failed, dead, aged, surplus (of connections).
-        problem: why the last connection could not be made, "" when the last one could.
+        problem: why a connection could not be made, or was ended while it waited; "" once one has been of use.
     """
 
     def __init__(
@@ -166,6 +166,11 @@ class Pool:
         """Look again whether connections are to be made or let go."""
         self._wake.set()
 
+    def note_proof(self) -> None:
+        """A connection has proved its worth; see Stock."""
+        self._stock.note_proof()
+        self.problem = ""
+
     def discard(self, unwanted: Callable[[Connection], bool]) -> None:
         """Let go of the unwanted ones."""
         for kept in [each for each in self._shelf if unwanted(each.connection)]:
@@ -207,7 +212,8 @@ class Pool:
         connection: Connection | None = None
         try:
             connection = await self._connect()
-            self.problem = ""
+            if not self._stock.is_failing:
+                self.problem = ""
         except RelayError as error:
             self.problem = str(error)
         except Exception as error:  # a pool that cannot be filled must end nothing else
@@ -269,7 +275,7 @@ class Pool:
                 with trio.move_on_at(kept.since + PROVEN_S):
                     alive = await self._watch(kept)
                 if alive and not kept.gone:
-                    self._stock.note_proof()
+                    self.note_proof()
                     self._wake.set()
                     alive = await self._watch(kept)
         finally:

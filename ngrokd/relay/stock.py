@@ -150,6 +150,11 @@ class Stock:
     # -- what it is asked
 
     @property
+    def is_failing(self) -> bool:
+        """Something failed, and nothing has worked since."""
+        return self._failures > 0
+
+    @property
     def lead_s(self) -> float:
         """The lead time that is reckoned with, seconds."""
         return FIRST_LEAD_S if math.isnan(self._lead_s) else self._lead_s
