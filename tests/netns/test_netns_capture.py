@@ -45,11 +45,12 @@ async def test_recording_begins_and_ends_under_load(
         done = trio.Event()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(swap, there.network, done)
-            assert digest(await exchange(there, data)) == digest(data)
+            # A fast machine is through with one exchange before the device was swapped often enough to say anything.
+            while len(captures) < 6:
+                assert digest(await exchange(there, data)) == digest(data)
             done.set()
 
     packets = [packet for path in captures for packet in load(path)]
-    assert len(captures) > 3
     assert len(packets) > 100
     assert {packet.inbound for packet in packets} == {True, False}
     for packet in packets:
