@@ -11,11 +11,15 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import socket
+import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Protocol
+from urllib.parse import urlsplit
 
 import h11
 import trio
@@ -28,6 +32,7 @@ BANNER: Final = b"220 lab.demo speaks first\r\n"
 # A prime length: a chunk that is lost, doubled or swapped anywhere moves the pattern, whatever its size.
 _PATTERN: Final = random.Random(20240917).randbytes(1_048_573)
 _TALLIES_KEPT: Final = 1000
+_RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)  # SO_LINGER of no time: the other side sees a RST
 
 
 class Backend(Protocol):
@@ -194,6 +199,53 @@ class Source:
             pass
 
 
+class Forward:
+    """Carries every byte to a real server and back, ends included; a reset, or nobody there, is a reset for the client.
+
+    Args:
+        host: numeric, or a name that the machine knows.
+        port: of a server that speaks TCP.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self.host = host
+        self.port = port
+
+    @classmethod
+    def parse(cls, text: str) -> Forward:
+        """Make one from `HOST:PORT` or `[HOST]:PORT`. Raises ValueError."""
+        try:
+            parts = urlsplit(f"//{text}")
+            host, port = parts.hostname, parts.port
+        except ValueError:
+            host = port = None
+        if not host or not port or parts.netloc != text or "@" in text:
+            raise ValueError(f"{text!r} is no HOST:PORT to forward to; write for example forward:127.0.0.1:5432")
+        return cls(host, port)
+
+    async def serve(self, stream: HalfCloseableStream) -> None:
+        """Splice until both directions have ended."""
+        try:
+            server = await trio.open_tcp_stream(self.host, self.port)
+        except OSError as error:
+            raise trio.BrokenResourceError(f"cannot forward to {self.host}:{self.port}: {error}") from error
+        async with server:
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(_carry, stream, server)
+                    nursery.start_soon(_carry, server, stream)
+            except BaseException:
+                with suppress(OSError):
+                    server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+                raise
+
+
+async def _carry(source: HalfCloseableStream, destination: HalfCloseableStream) -> None:
+    while data := await source.receive_some(CHUNK):
+        await destination.send_all(data)
+    await destination.send_eof()
+
+
 class Http:
     """A small web service with keep-alive, built on h11.
 
@@ -283,7 +335,7 @@ async def _next_event(connection: h11.Connection, stream: HalfCloseableStream) -
     return event
 
 
-# What a name on a command line makes; `source` and `slow` take a number after a colon.
+# What a name on a command line makes, with the number after its colon.
 BACKENDS: Final[Mapping[str, Callable[[int], Backend]]] = {
     "http": lambda _: Http(),
     "echo": lambda _: Echo(),
@@ -298,12 +350,14 @@ BACKENDS: Final[Mapping[str, Callable[[int], Backend]]] = {
 
 
 def make_backend(spec: str) -> Backend:
-    """Make a back end from `NAME` or `NAME:NUMBER`.
+    """Make a back end from `NAME`, `NAME:NUMBER` or `forward:HOST:PORT`.
 
     Raises:
-        ValueError: no such back end, or a number that is none.
+        ValueError: no such back end, or a number or an address that is none.
     """
-    name, _, number = spec.partition(":")
+    name, _, rest = spec.partition(":")
+    if name == "forward":
+        return Forward.parse(rest)
     if name not in BACKENDS:
-        raise ValueError(f"no back end {name!r}; there are: {', '.join(BACKENDS)}")
-    return BACKENDS[name](int(number or 1_000_000))
+        raise ValueError(f"no back end {name!r}; there are: {', '.join([*BACKENDS, 'forward'])}")
+    return BACKENDS[name](int(rest or 1_000_000))

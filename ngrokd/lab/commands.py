@@ -26,6 +26,7 @@ _Record = TypeVar("_Record")
 
 HELP: Final = """\
 add URL BACKEND             bind an endpoint: add tcp://db.prod:5432 echo
+                            or a real server: add tcp://db.prod:5432 forward:127.0.0.1:5432
 many COUNT URL BACKEND      bind so many, all with one back end: many 65000 http://svc-{}.prod http
 remove URL                  unbind it
 outage on|off               the API refuses connections

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Awaitable, Callable
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
 
 import h11
 import pytest
@@ -200,3 +204,82 @@ def test_back_ends_are_made_by_name() -> None:
     assert made.length == 42
     with pytest.raises(ValueError, match="no back end 'nonsense'; there are: http, echo"):
         make_backend("nonsense")
+
+
+@asynccontextmanager
+async def server(serve: Callable[[trio.SocketStream], Awaitable[None]]) -> AsyncIterator[str]:
+    """A real server on the loopback; gives what forwards to it."""
+    async with trio.open_nursery() as nursery:
+        (listener,) = await nursery.start(partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
+        yield f"forward:127.0.0.1:{listener.socket.getsockname()[1]}"
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_real_server_gets_every_byte_and_both_ends() -> None:
+    """The client ends first and is answered afterwards."""
+
+    async def answer(stream: trio.SocketStream) -> None:
+        length = len(await read_all(stream))
+        await stream.send_all(b"got %d" % length)
+
+    async def client(stream: HalfCloseableStream) -> None:
+        await stream.send_all(b"x" * 1_000_000)
+        await stream.send_eof()
+        assert await read_all(stream) == b"got 1000000"
+
+    async with server(answer) as spec:
+        await serve(make_backend(spec), client)
+
+
+async def test_a_real_servers_reset_is_a_broken_stream() -> None:
+    async def reset(stream: trio.SocketStream) -> None:
+        await stream.receive_some(1)
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    near, far = trio.testing.memory_stream_pair()
+    await near.send_all(b"hello")
+    async with server(reset) as spec:
+        with pytest.RaisesGroup(trio.BrokenResourceError):
+            await make_backend(spec).serve(far)
+
+
+async def test_a_client_that_breaks_off_is_a_reset_for_the_real_server() -> None:
+    seen = trio.Event()
+
+    async def wait(stream: trio.SocketStream) -> None:
+        with pytest.raises(trio.BrokenResourceError) as caught:
+            await read_all(stream)
+        assert isinstance(caught.value.__cause__, ConnectionResetError)
+        seen.set()
+
+    near, far = trio.testing.memory_stream_pair()
+    await near.send_all(b"hello")
+    async with server(wait) as spec:
+        with trio.move_on_after(0.1):
+            await make_backend(spec).serve(far)
+        with trio.fail_after(5):
+            await seen.wait()
+
+
+async def test_where_no_server_is_the_stream_is_broken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    _, far = trio.testing.memory_stream_pair()
+
+    with pytest.raises(trio.BrokenResourceError, match="cannot forward"):
+        await make_backend(f"forward:127.0.0.1:{port}").serve(far)
+
+
+def test_an_address_to_forward_to_has_host_and_port() -> None:
+    assert vars(make_backend("forward:[::1]:22")) == {"host": "::1", "port": 22}
+    for wrong in (
+        "forward",
+        "forward:22",
+        "forward:host",
+        "forward:host:0",
+        "forward:a:99999",
+        "forward:u@h:1",
+        "forward:h:1/x",
+    ):
+        with pytest.raises(ValueError, match="HOST:PORT"):
+            make_backend(wrong)
