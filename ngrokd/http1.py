@@ -375,10 +375,12 @@ class _ServerConnection:
         self._handler = handler
         self._limits = limits
         self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=limits.header_bytes)
+        self._asked_for_head = False
 
     async def serve_one(self) -> bool:
         """Read a request, answer it. Returns whether the connection can carry another."""
         request: Request | None = None
+        self._asked_for_head = False
         try:
             with trio.CancelScope(deadline=trio.current_time() + self._limits.idle_s) as scope:
                 head = await self._read_head(scope)
@@ -404,6 +406,7 @@ class _ServerConnection:
                 continue
             if not isinstance(event, h11.Request):
                 return None  # ConnectionClosed between requests
+            self._asked_for_head = event.method == b"HEAD"
             if not started:
                 scope.deadline = trio.current_time() + self._limits.read_s
             if sum(len(name) + len(value) + 4 for name, value in event.headers) + len(event.target) > (
@@ -457,9 +460,9 @@ class _ServerConnection:
         except Exception:
             with suppress(trio.BrokenResourceError, trio.ClosedResourceError):  # they must not hide the bug
                 sorry = _plain(HTTPStatus.INTERNAL_SERVER_ERROR)
-                await self._write(sorry, with_body=request.method != "HEAD", close=True)
+                await self._write(sorry, close=True)
             raise
-        if not await self._write(response, with_body=request.method != "HEAD", close=False):
+        if not await self._write(response, close=False):
             return False
         if self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE:
             self._h11.start_next_cycle()
@@ -469,7 +472,7 @@ class _ServerConnection:
     async def _refuse(self, status: HTTPStatus) -> None:
         if self._h11.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             return
-        if not await self._write(_plain(status), with_body=True, close=True):
+        if not await self._write(_plain(status), close=True):
             return
         # Closing a socket with unread bytes resets it, and the reset may overtake our answer: read on for a moment.
         received = 0
@@ -482,7 +485,7 @@ class _ServerConnection:
                     return
                 received += len(data)
 
-    async def _write(self, response: Response, *, with_body: bool, close: bool) -> bool:
+    async def _write(self, response: Response, *, close: bool) -> bool:
         """Returns whether the answer was taken in time."""
         assert response.status >= HTTPStatus.OK, "interim answers are not the handler's"
         bodiless = response.status in (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
@@ -493,7 +496,7 @@ class _ServerConnection:
             headers.append((b"connection", b"close"))
         reason = _REASONS.get(response.status, b"")
         parts = [self._h11.send(h11.Response(status_code=response.status, headers=headers, reason=reason))]
-        if with_body and response.body and not bodiless:
+        if response.body and not bodiless and not self._asked_for_head:
             parts.append(self._h11.send(h11.Data(data=response.body)))
         parts.append(self._h11.send(h11.EndOfMessage()))
         with trio.move_on_after(self._limits.write_s) as scope:
