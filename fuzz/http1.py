@@ -156,20 +156,24 @@ async def served(text: bytes, size: int, limits: ServerLimits) -> object:
         size_of_headers = sum(len(name) + len(value) + 4 for name, value in request.headers) + len(request.target)
         assert size_of_headers <= limits.header_bytes
         assert "\n" not in request.path
-    statuses = judge(bytes(stream.written), requests)
+    statuses = judge(bytes(stream.written), requests, text)
     assert len([status for status in statuses if status < 300]) == len(requests)
     assert len(statuses) <= len(requests) + 1
     assert all(status in (400, 405, 413, 431, 505) for status in statuses[len(requests) :]), statuses
     return requests, bytes(stream.written)
 
 
-def judge(written: bytes, requests: list[Request]) -> list[int]:
-    """The status of each response in what the server has written; h11 is the judge of its form."""
+def judge(written: bytes, requests: list[Request], text: bytes) -> list[int]:
+    """The status of each response in what the server has written; h11 is the judge of its form.
+
+    A request that was refused was not seen, so its answer is one to HEAD when it has no body and HEAD was said.
+    """
     statuses = []
     methods = [request.method for request in requests]
     while written:
         client = h11.Connection(h11.CLIENT)
-        method = methods.pop(0) if methods else "GET"
+        refused = "HEAD" if b"HEAD " in text and written.endswith(b"\r\n\r\n") else "GET"
+        method = methods.pop(0) if methods else refused
         client.send(h11.Request(method=method, target="/", headers=[("host", "a")]))
         client.send(h11.EndOfMessage())
         client.receive_data(written)
