@@ -1,4 +1,4 @@
-"""Packets read, judged and mended by the book (RFC 791, 1071, 9293), sharing no code with what is fuzzed."""
+"""Packets read, judged and mended by the book (RFC 791, 1071, 8200, 9293), sharing no code with what is fuzzed."""
 
 from __future__ import annotations
 
@@ -178,3 +178,48 @@ def read_tcp6(packet: bytes) -> Frame | None:
         packet[8:24], packet[24:40], source_port, destination_port, seq, ack, flags & 0x3F, window,
         packet[60:data], packet[data:end],
     )  # fmt: skip
+
+
+# Either version
+
+
+def transport_at(packet: bytes | bytearray) -> int:
+    """Where the transport header of a packet without IPv6 extension headers begins."""
+    return 40 if packet[0] >> 4 == 6 else (packet[0] & 15) * 4
+
+
+def set_length(packet: bytearray, length: int) -> None:
+    """Let the IP header say that the packet has so many bytes in all."""
+    if packet[0] >> 4 == 6:
+        struct.pack_into("!H", packet, 4, length - 40 & 0xFFFF)
+    else:
+        struct.pack_into("!H", packet, 2, length & 0xFFFF)
+
+
+def read_segment(packet: bytes) -> Frame | None:
+    """Take a TCP segment apart, behind whatever extension headers; None when it is not whole."""
+    if not packet or packet[0] >> 4 != 6:
+        return read_tcp(packet)
+    protocol, at = upper(packet)
+    if protocol != 6 or at == 40:
+        return read_tcp6(packet)
+    # As if they were not there: nothing else of a frame depends on them.
+    bare = bytearray(packet[:40] + packet[at:])
+    bare[6] = 6
+    set_length(bare, (packet[4] << 8 | packet[5]) - (at - 40) + 40)
+    return read_tcp6(bytes(bare))
+
+
+def is_whole(packet: bytes, *, transport: bool = True) -> bool:
+    """Are the checksums of a packet that `read_segment` can read right, or, without `transport`, the IP header's?"""
+    if packet[0] >> 4 != 6:
+        return header_is_valid(packet) and (not transport or transport_is_valid(packet))
+    protocol, at = upper(packet)
+    return not transport or transport_is_valid6(packet, protocol, at)
+
+
+def mend_any(packet: bytes, *, ip: bool = True, transport: bool = True) -> bytes:
+    """`mend` or `mend6`."""
+    if packet and packet[0] >> 4 == 6:
+        return mend6(packet) if transport else packet
+    return mend(packet, ip=ip, transport=transport)

@@ -20,7 +20,9 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from random import Random
+from socket import AF_INET, AF_INET6, inet_ntop
 from typing import Final
 
 from fuzz.frames import (
@@ -29,11 +31,14 @@ from fuzz.frames import (
     RST,
     SYN,
     Frame,
-    header_is_valid,
-    mend,
+    is_whole,
+    mend_any,
     ones_sum,
-    read_tcp,
-    transport_is_valid,
+    pseudo,
+    pseudo6,
+    read_segment,
+    set_length,
+    transport_at,
 )
 from fuzz.reading import Source
 from tun.core.fragments import MAX_BYTES, MAX_DATAGRAMS
@@ -45,9 +50,55 @@ from tun.testing.apppeer import AppPeer
 CORPUS: Final = "stack"
 MAX_LEN: Final = 160
 
-ENDPOINT: Final = b"\x0a\x6b\x00\x02"
-APP: Final = b"\x0a\x6b\x00\x01"
-STRANGER: Final = b"\x0a\x00\x00\x05"
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """The addresses of one version of IP.
+
+    Attributes:
+        odd_destinations, odd_sources: what packets are bent to.
+    """
+
+    version: int
+    endpoint: bytes
+    app: bytes
+    stranger: bytes
+    odd_destinations: tuple[bytes, ...]
+    odd_sources: tuple[bytes, ...]
+
+    @property
+    def header(self) -> int:
+        """Bytes of an IP header."""
+        return 20 if self.version == 4 else 40
+
+    @property
+    def icmp(self) -> int:
+        """The protocol that errors and echoes have."""
+        return 1 if self.version == 4 else 58
+
+
+def text_of(address: bytes) -> str:
+    """An address as `AppPeer` wants it."""
+    return inet_ntop(AF_INET if len(address) == 4 else AF_INET6, address)
+
+
+FAMILY4: Final = Family(
+    4,
+    b"\x0a\x6b\x00\x02",
+    b"\x0a\x6b\x00\x01",
+    b"\x0a\x00\x00\x05",
+    (b"\x0a\x6b\xff\xff", b"\xe0\0\0\1", b"\x0a\x6b\x12\x34"),
+    (b"\x7f\0\0\1", b"\xff\xff\xff\xff", b"\x0a\0\0\7"),
+)
+_PREFIX6: Final = b"\xfd\0\0\1\0\2\0\3"
+FAMILY6: Final = Family(
+    6,
+    _PREFIX6 + bytes(7) + b"\2",
+    _PREFIX6 + bytes(7) + b"\1",
+    b"\xfd\0\0\x09" + bytes(11) + b"\5",
+    (_PREFIX6 + b"\xff" * 8, b"\xff\2" + bytes(13) + b"\1", _PREFIX6 + bytes(6) + b"\x12\x34"),
+    (bytes(15) + b"\1", bytes(16), b"\xfd\0\0\x09" + bytes(11) + b"\7", bytes(10) + b"\xff\xff\x0a\x6b\0\1"),
+)
 PORT: Final = 443
 PEERS: Final = 3
 HISTORY: Final = 64
@@ -66,9 +117,9 @@ DELTAS: Final = (
 class App:
     """One connection of an app, and what is known about the truth."""
 
-    def __init__(self, peer: AppPeer, number: int, source: bytes) -> None:
+    def __init__(self, peer: AppPeer, number: int, addresses: bytes) -> None:
         self.peer = peer
-        self.key = source + ENDPOINT + struct.pack("!HH", peer.source[1], PORT)
+        self.key = addresses + struct.pack("!HH", peer.source[1], PORT)
         self.offset = number * 70001 % 300000  # where its stream begins in STREAM
         self.written = 0
         self.got = 0  # bytes taken by the app, all compared
@@ -115,6 +166,8 @@ class World:
         mode = source.byte()
         self.verified = mode & 1 == 1
         self.strict_sources = mode & 2 == 2
+        self.family = FAMILY6 if mode & 16 else FAMILY4
+        self.endpoint = self.family.endpoint
         receive = source.pick((65536, 8192, 16384, 4096, 200000, 524288))
         send = source.pick((65536, 4096, 16384, 200000, 524288))
         self.settings = StackSettings(
@@ -128,12 +181,17 @@ class World:
             half_open=2,
             undecided=3,
             buffers=source.pick((1 << 24, 1 << 16, 1 << 18)),
-            gateway=APP,
+            gateway=FAMILY4.app,
+            gateway6=FAMILY6.app,
+            network6=int.from_bytes(_PREFIX6, "big") << 64,
+            mask6=((1 << 64) - 1) << 64,
         )
         self.stack = Stack(self.settings, b"s" * 32)
-        self.stack.set_served({ENDPOINT: frozenset((PORT,))})
+        self.stack.set_served({self.endpoint: frozenset((PORT,))})
         if self.strict_sources:
-            self.stack.set_sources(frozenset((APP,)), [(4, 0x0A000000, 0xFFFFFF00)])
+            local = frozenset((FAMILY4.app, FAMILY6.app))
+            allowed6 = int.from_bytes(FAMILY6.stranger[:8], "big") << 64
+            self.stack.set_sources(local, [(4, 0x0A000000, 0xFFFFFF00), (6, allowed6, ((1 << 64) - 1) << 64)])
         self.apps: list[App | None] = [None] * PEERS
         self.by_key: dict[bytes, App] = {}
         self.owners: list[Owner] = []
@@ -152,15 +210,15 @@ class World:
         source = self.source
         slot = source.byte() % PEERS
         mode = source.byte()
-        address = STRANGER if mode & 1 else APP
+        address = self.family.stranger if mode & 1 else self.family.app
         shape = source.byte()
         self.numbers += 1
         scale = (7, None, 0, 14)[shape >> 3 & 3]
         # Numbers that wrap soon, but never the same twice: a new connection differs from the one before.
         initial = ((0x100000000, 0x80000000)[mode >> 4 & 1] - self.numbers * 499) if mode & 64 else self.numbers * 7919
         peer = AppPeer(
-            (".".join(map(str, address)), 40000 + (slot if mode & 2 else self.numbers)),
-            (".".join(map(str, ENDPOINT)), PORT),
+            (text_of(address), 40000 + (slot if mode & 2 else self.numbers)),
+            (text_of(self.endpoint), PORT),
             mss=(1460, 536, 100, 1, 48, 65495, 0, 1448)[shape & 7],
             window_scale=scale,
             timestamps=shape & 32 == 0,
@@ -171,7 +229,7 @@ class World:
             auto_read=mode & 128 == 0,
             ordered=False,
         )
-        app = App(peer, self.numbers, address)
+        app = App(peer, self.numbers, address + self.endpoint)
         # A kernel has one connection on a pair of addresses and ports: what was there before is gone, without a word.
         self.apps = [None if other is not None and other.key == app.key else other for other in self.apps]
         self.apps[slot] = app
@@ -285,10 +343,8 @@ class World:
 
     def judge(self, packet: bytes, app: App | None) -> None:
         """Note what a packet with good checksums may do to the truth about the app it names."""
-        frame = read_tcp(packet)
-        if frame is None or not header_is_valid(packet):
-            return
-        if not self.verified and not transport_is_valid(packet):
+        frame = read_segment(packet)
+        if frame is None or not is_whole(packet, transport=not self.verified):
             return
         flow = self.stack.flows.get(frame.key)
         owner = flow.owner if flow is not None else None
@@ -308,7 +364,8 @@ class World:
         source = self.source
         what = source.byte()
         out = bytearray(packet)
-        at = (packet[0] & 15) * 4
+        at = transport_at(packet)
+        family = self.family
         kind = what & 15
         if kind == 0:
             self.add32(out, at + 4, source.pick(DELTAS))
@@ -327,24 +384,26 @@ class World:
         elif kind == 7 and len(out) > at + 32:
             self.add32(out, at + 28, source.pick(DELTAS))
         elif kind == 8:
-            struct.pack_into("!H", out, 2, source.short() % (len(out) + 3))
+            set_length(out, source.short() % (len(out) + 3))
         elif kind == 9:
-            out[source.byte() % 20] = source.byte()
+            out[source.byte() % family.header] = source.byte()
         elif kind == 10:
             out[at + source.byte() % 20] = source.byte()
         elif kind == 11 and len(out) > at + 20:
             out[at + 20 + source.short() % (len(out) - at - 20)] ^= source.byte() | 1
         elif kind == 12:
             del out[at + source.short() % (len(out) - at) :]
-            struct.pack_into("!H", out, 2, len(out))
-        elif kind == 13:
-            out[16:20] = source.pick((ENDPOINT, APP, STRANGER, b"\x0a\x6b\xff\xff", b"\xe0\0\0\1", b"\x0a\x6b\x12\x34"))
-        elif kind == 14:
-            out[12:16] = source.pick((APP, STRANGER, ENDPOINT, b"\x7f\0\0\1", b"\xff\xff\xff\xff", b"\x0a\0\0\7"))
+            set_length(out, len(out))
+        elif kind in (13, 14):
+            size = len(self.endpoint)
+            usual = (self.endpoint, family.app, family.stranger)
+            odd = family.odd_destinations if kind == 13 else family.odd_sources
+            start = family.header - (size if kind == 13 else 2 * size)
+            out[start : start + size] = source.pick(usual + odd)
         else:
             out[at + 13] = source.byte() & 0x3F
         bent = bytes(out)
-        return mend(bent) if what & 16 == 0 else mend(bent, transport=False) if what & 32 else bent
+        return mend_any(bent) if what & 16 == 0 else mend_any(bent, transport=False) if what & 32 else bent
 
     @staticmethod
     def add32(out: bytearray, at: int, delta: int) -> None:
@@ -371,7 +430,21 @@ class World:
         options += b"\0" * (-len(options) % 4)
         out[at + 20 : at + max(header, 20)] = options[:40]
         out[at + 12] = (20 + len(options[:40])) << 2
-        struct.pack_into("!H", out, 2, len(out) & 0xFFFF)
+        set_length(out, len(out))
+
+    def dress(self, packet: bytes) -> bytes:
+        """The same packet with extension headers that change nothing, where there are such."""
+        if self.family.version == 4:
+            return packet
+        what = self.source.byte()
+        out = bytearray(packet)
+        for kind in (60, 43, 0)[what & 1 : 1 + (what >> 1 & 3)]:  # options, a route that has ended, hop by hop
+            size = 8 * (1 + (what >> 3 & 3)) if kind != 43 else 8
+            body = bytes((out[6], size // 8 - 1)) + (bytes(size - 2) if kind == 43 else b"\1" + bytes((size - 4,)))
+            out[40:40] = body + bytes(size - len(body))
+            out[6] = kind
+        set_length(out, len(out))
+        return bytes(out)
 
     def pass_to_us(self) -> None:
         """Deliver, drop, double, hold back or bend a frame that waits."""
@@ -398,6 +471,8 @@ class World:
             bent = self.bend(packet)
             self.deliver(bent, app if bent == packet else None)
             self.deliver(packet, app)
+        elif kind == 13:
+            self.deliver(self.dress(packet), app)
         else:
             self.deliver(packet, app)
             while self.to_us:
@@ -427,23 +502,9 @@ class World:
         if what >= 240:
             self.comb(sacks=what >= 248)
         elif kind == 0 and self.sent:
-            quoted = bytearray(self.sent[source.byte() % len(self.sent)])
-            if source.bit():
-                self.add32(quoted, 24, source.pick(DELTAS))
-            mtu = source.pick((0, 20, 68, 100, 535, 536, 575, 576, 1000, 1499, 1500, 65535))
-            body = (
-                struct.pack("!BBHHH", 3, 4 if source.bit() else source.byte() & 15, 0, 0, mtu)
-                + quoted[: 28 + source.byte() % 40]
-            )
-            self.deliver(self.ip(1, body), None)
+            self.inject_error()
         elif kind == 1:
-            offset = source.pick((0, 0, 1, 2, 3, 4, 101, 186, 8189))
-            more = 0x2000 if source.bit() else 0
-            size = source.pick((0, 1, 7, 8, 16, 24, 800, 1480, 65000))
-            body = b"\x08\0\xf7\xff\0\0\0\0" + bytes(size)  # an echo request whose checksum is right
-            packet = bytearray(self.ip(source.pick((1, 1, 1, 6, 17)), body[:size] if offset else body))
-            struct.pack_into("!HH", packet, 4, source.byte() & 3, more | offset & 0x1FFF)
-            self.deliver(mend(bytes(packet), transport=False), None)
+            self.inject_fragment()
         elif kind == 2 and self.sent:
             self.deliver(self.sent[source.byte() % len(self.sent)], None)
         elif kind == 3:
@@ -455,6 +516,41 @@ class World:
             segment = ports + struct.pack("!IIBBHHH", source.long(), source.long(), 0x50, source.byte(), 1000, 0, 0)
             self.deliver(self.ip(6, segment), None)
         self.serve()
+
+    def inject_error(self) -> None:
+        """An ICMP error about a segment of ours."""
+        source = self.source
+        family = self.family
+        quoted = bytearray(self.sent[source.byte() % len(self.sent)])
+        if source.bit():
+            self.add32(quoted, family.header + 4, source.pick(DELTAS))
+        mtu = source.pick((0, 20, 68, 100, 535, 536, 575, 576, 1000, 1499, 1500, 65535))
+        too_big = source.bit()
+        if family.version == 4:
+            head = struct.pack("!BBHHH", 3, 4 if too_big else source.byte() & 15, 0, 0, mtu)
+        elif too_big:
+            head = struct.pack("!BBHI", 2, 0, 0, mtu + 700 if mtu > 500 else mtu)
+        else:
+            head = struct.pack("!BBHI", 1, source.byte() & 7, 0, 0)
+        self.deliver(self.ip(family.icmp, head + quoted[: family.header + 8 + source.byte() % 40]), None)
+
+    def inject_fragment(self) -> None:
+        """A fragment, mostly of an echo request whose checksum is right."""
+        source = self.source
+        offset = source.pick((0, 0, 1, 2, 3, 4, 101, 186, 8189))
+        more = source.bit()
+        size = source.pick((0, 1, 7, 8, 16, 24, 800, 1480, 65000))
+        number = source.byte() & 3
+        if self.family.version == 4:
+            body = b"\x08\0\xf7\xff\0\0\0\0" + bytes(size)
+            packet = bytearray(self.ip(source.pick((1, 1, 1, 6, 17)), body[:size] if offset else body))
+            struct.pack_into("!HH", packet, 4, number, more << 13 | offset & 0x1FFF)
+            self.deliver(mend_any(bytes(packet), transport=False), None)
+            return
+        protocol = source.pick((58, 58, 58, 6, 17))
+        whole = self.ip(58, b"\x80\0\0\0\0\0\0\0" + bytes(size))[40:]  # right if it is the only fragment
+        head = struct.pack("!BxHI", protocol, offset << 3 & 0xFFF8 | more, number)
+        self.deliver(self.ip(44, head + (whole[:size] if offset else whole)), None)
 
     def comb(self, *, sacks: bool) -> None:
         """Every second byte of what an app sends (SegmentSmack), or of what it acknowledges (SACK panic)."""
@@ -473,12 +569,16 @@ class World:
             payload = b"" if sacks else app.stream(position - app.peer.iss - 1, 1)
             seq = app.peer._max if sacks else position
             head = struct.pack("!IIBBHHH", seq & MASK, flow.snd_una & MASK, (20 + len(options)) << 2, ACK, 1000, 0, 0)
-            self.deliver(self.ip(6, app.key[8:] + head + options + payload, app.key[:4]), None)
+            size = len(self.endpoint)
+            self.deliver(self.ip(6, app.key[2 * size :] + head + options + payload, app.key[:size]), None)
 
-    @staticmethod
-    def ip(protocol: int, body: bytes, source: bytes = APP) -> bytes:
-        header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(body), 1, 0x4000, 64, protocol, 0) + source + ENDPOINT
-        return mend(header + body)
+    def ip(self, protocol: int, body: bytes, source: bytes = b"") -> bytes:
+        """A packet to the endpoint, with right checksums."""
+        if self.family.version == 4:
+            header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(body), 1, 0x4000, 64, protocol, 0)
+        else:
+            header = struct.pack("!IHBB", 6 << 28, len(body), protocol, 64)
+        return mend_any(header + (source or self.family.app) + self.endpoint + body)
 
     # -- the wire, towards the apps -----------------------------------------------------------------------------------
 
@@ -501,14 +601,12 @@ class World:
             self.to_apps.append(packet)
             return
         elif kind == 6:
-            broken = bytearray(packet)
-            broken[20 + source.short() % (len(packet) - 20)] ^= 1 << (source.byte() & 7)
-            return  # the app's kernel throws it away
+            return  # broken on the way: the app's kernel throws it away
         self.give(packet)
 
     def give(self, packet: bytes) -> None:
         """To the app that it is for, if that lives."""
-        frame = read_tcp(packet)
+        frame = read_segment(packet)
         if frame is None:
             return
         key = frame.destination + frame.source + struct.pack("!HH", frame.destination_port, frame.source_port)
@@ -584,15 +682,22 @@ class World:
         assert flow.failure not in ("reset", "cancelled", "refused"), f"output after {flow.failure}"
         total = len(header) + len(payload)
         assert total <= 65535
-        assert header[2] << 8 | header[3] == total
-        assert header_is_valid(header)
-        assert header[0] == 0x45
-        assert header[9] == 6
-        (partial,) = struct.unpack_from("!H", header, 36)
-        start = header[12:20] + struct.pack("!BBH", 0, 6, total - 20)
+        at = self.family.header
+        if self.family.version == 4:
+            assert header[2] << 8 | header[3] == total
+            assert is_whole(header, transport=False)
+            assert header[0] == 0x45
+            assert header[9] == 6
+            start = pseudo(header, 6, total - at)
+        else:
+            assert header[4] << 8 | header[5] == total - at
+            assert header[0] == 0x60
+            assert header[6] == 6
+            start = pseudo6(header, 6, total - at)
+        (partial,) = struct.unpack_from("!H", header, at + 16)
         assert partial == ones_sum(start), "not the pseudo header's sum"
-        packet = mend(header + payload, ip=False)
-        frame = read_tcp(packet)
+        packet = mend_any(header + payload, ip=False)
+        frame = read_segment(packet)
         assert frame is not None
         if gso_size:
             assert settings.offload
@@ -656,18 +761,24 @@ class World:
 
     def check_reply(self, packet: bytes) -> None:
         """A packet without a flow: an answer that no kernel would be ashamed of."""
-        assert header_is_valid(packet)
-        assert transport_is_valid(packet)
-        assert packet[2] << 8 | packet[3] == len(packet)
-        first = packet[16]
-        assert first not in (0, 127), "an answer to nobody"
-        assert first < 224, "an answer to many"
-        if packet[9] == 1:
-            assert packet[20] in (0, 3, 11)
-            assert packet[20] == 0 or len(packet) <= 576
+        assert is_whole(packet)
+        header = self.family.header
+        protocol = packet[9 if header == 20 else 6]
+        if header == 20:
+            assert packet[2] << 8 | packet[3] == len(packet)
+            assert packet[16] not in (0, 127), "an answer to nobody"
+            assert packet[16] < 224, "an answer to many"
         else:
-            assert packet[9] == 6
-            assert len(packet) <= 52
+            assert packet[4] << 8 | packet[5] == len(packet) - 40
+            assert packet[24:39] != bytes(15), "an answer to nobody"
+            assert packet[24] != 0xFF, "an answer to many"
+        if protocol == 6:
+            assert len(packet) <= header + 32
+            return
+        assert protocol == self.family.icmp
+        kinds, echo, most = ((0, 3, 11), 0, 576) if header == 20 else ((1, 3, 4, 129), 129, 1280)
+        assert packet[header] in kinds
+        assert packet[header] == echo or len(packet) <= most
 
     def check_idle(self, flow: Flow) -> None:
         """After a flush that was not stopped by the device nothing is owed without a timer."""
@@ -837,9 +948,9 @@ class World:
         if kind == 0:
             stack.set_draining(what & 8 == 8)
         elif kind == 1:
-            stack.set_served({ENDPOINT: frozenset((PORT, 80) if what & 8 else (80,))})
+            stack.set_served({self.endpoint: frozenset((PORT, 80) if what & 8 else (80,))})
         elif kind == 2:
-            stack.set_served({ENDPOINT: frozenset((PORT,))})
+            stack.set_served({self.endpoint: frozenset((PORT,))})
         elif kind == 3 and what & 24 == 24:
             stack.abort_all(self.now)
         elif kind == 4:
