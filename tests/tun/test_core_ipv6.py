@@ -363,6 +363,15 @@ def test_an_unknown_next_header_is_told(stack: Stack, number: int) -> None:
     assert stack.drops == {"protocol": 2}
 
 
+@pytest.mark.parametrize(("kind", "told"), [(44, True), (60, False)])
+def test_half_a_fragment_header_is_told_as_linux_does(stack: Stack, kind: int, told: bool) -> None:
+    """About the other kinds it is silent."""
+    replies = give(stack, ip(nh=60) / Raw(bytes([kind, 0, 1, 4]) + bytes(8)))
+
+    assert [(reply[ICMPv6ParamProblem].code, reply[ICMPv6ParamProblem].ptr) for reply in replies] == [(0, 48)] * told
+    assert stack.drops == {"parameter" if told else "extensions": 1}
+
+
 def test_hop_by_hop_is_only_known_in_the_first_place(stack: Stack) -> None:
     """RFC 8200 4.1."""
     (reply,) = give(stack, ip() / IPv6ExtHdrDestOpt(nh=0) / IPv6ExtHdrHopByHop() / syn())

@@ -432,6 +432,10 @@ def test_closed_port_is_refused_exactly(play: Play) -> None:
         app < R. 0:0(0) ack 101
         app > S  100:110(10)
         app < R. 0:0(0) ack 111
+        app > SF 100:100(0)
+        app < R. 0:0(0) ack 102
+        app > SF. 100:100(0) ack 7
+        app < R  7:7(0)
         app > .  100:100(0) ack 7
         app < R  7:7(0)
         app > F  100:100(0)

@@ -859,14 +859,15 @@ class Stack:
             self._host.drop("tcp_checksum")
             return
         flags = segment.flags
-        if flags & (SYN | FIN) == SYN | FIN and not flags & RST:
-            self._host.drop("syn_fin")
-            return
         key = header.source + header.destination + packet[at : at + 4]
         flow = self.flows.get(key)
         if flow is not None and flow.closed:
             self._after(flow, now)  # ended by its owner a moment ago
             flow = None
+        record = self._table.time_wait.get(key) if flow is None else None
+        if flags & (SYN | FIN | RST) == SYN | FIN and (flow is not None or record is not None):
+            self._host.drop("syn_fin")
+            return
         if flow is not None:
             if flow.state == SYN_PENDING and flags & (SYN | ACK | RST) == SYN and segment.seq != flow.irs:
                 # The app has begun anew on the same port: what it wanted before is void.
@@ -880,7 +881,6 @@ class Stack:
             if wants_reset:
                 self._reset(now)
             return
-        record = self._table.time_wait.get(key)
         if record is not None and not self._leave_time_wait(key, record, now):
             return
         if self._may_answer(packet, start, end, now):
@@ -908,6 +908,8 @@ class Stack:
         if not served:
             self._host.drop("closed_port")
             self._reset(now)
+        elif flags & FIN:
+            self._host.drop("syn_fin")  # nobody opens a connection so, but even this is refused where nothing listens
         elif self._draining:
             self._host.drop("draining")
             self._reset(now)

@@ -126,8 +126,11 @@ def walk_extensions(packet: bytes, start: int, header: Ipv6Header) -> int:
             return verdict.NO_NEXT_HEADER
         elif kind not in (ROUTING, FRAGMENT, DESTINATION_OPTIONS):
             break
-        if count == MAX_EXTENSIONS or at + 8 > end:
+        if count == MAX_EXTENSIONS:
             return verdict.EXTENSIONS
+        if at + 8 > end:
+            # Linux tells where half a fragment header begins, and is silent about the other kinds.
+            return _problem(header, ERRONEOUS_FIELD, at - start) if kind == FRAGMENT else verdict.EXTENSIONS
         length = 8 if kind == FRAGMENT else (packet[at + 1] + 1) << 3
         if at + length > end:
             return verdict.EXTENSIONS
