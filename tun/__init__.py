@@ -11,8 +11,8 @@ What is not named here is private to the package.
 from __future__ import annotations
 
 from tun.core.stack import Stack, StackSettings
-from tun.device import open_device
-from tun.device.base import Device
+from tun.device import adopt_device, open_device
+from tun.device.base import Device, QueuedDevice
 from tun.errors import BadPacket, DeviceError, TunError
 from tun.network import FlowRequest, FlowStream, Network
 
@@ -23,7 +23,9 @@ __all__ = [
     "Stack",
     "StackSettings",
     "Device",
+    "QueuedDevice",
     "open_device",
+    "adopt_device",
     "TunError",
     "DeviceError",
     "BadPacket",

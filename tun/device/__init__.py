@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 
-from tun.device.base import Device
+from tun.device.base import Device, QueuedDevice
 from tun.errors import DeviceError
 
 
@@ -35,4 +35,25 @@ def open_device(
     )
 
 
-__all__ = ["Device", "open_device"]
+def adopt_device(descriptor: int, name: str, *, offload: bool, mtu: int, platform: str = sys.platform) -> QueuedDevice:
+    """Work on a device that another process has opened and configured, through a descriptor of its own.
+
+    Args:
+        descriptor: from `QueuedDevice.fileno` there, duplicated on its way here (SCM_RIGHTS, inheritance). It is
+            the device's from now on.
+        name: as the opener's device says, and so are `offload` and `mtu`.
+        offload: see name.
+        mtu: see name.
+        platform: as `sys.platform`.
+
+    Raises:
+        DeviceError: ENOTSUP: not on this system; then the descriptor stays the caller's.
+    """
+    if platform == "linux":
+        from tun.device.linux import adopt_tun
+
+        return adopt_tun(descriptor, name, offload=offload, mtu=mtu)
+    raise DeviceError(f"a device for packets has one queue on {platform}", errno=errno.ENOTSUP)
+
+
+__all__ = ["Device", "QueuedDevice", "adopt_device", "open_device"]

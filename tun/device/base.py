@@ -114,6 +114,28 @@ class Device(Protocol):
         ...
 
 
+class QueuedDevice(Device, Protocol):
+    """A device whose packets can be shared out over several descriptors, each with a stack of its own.
+
+    The operating system keeps all packets of one connection on one queue, as long as the number of queues stays the
+    same. So none is closed before all are: the others would be renumbered, and their connections would come out
+    elsewhere.
+    """
+
+    def fileno(self) -> int:
+        """The descriptor, which stays the device's; -1 after `close`. Another process can work on it with
+        `adopt_device`.
+        """
+        ...
+
+    def extra_queue(self) -> QueuedDevice:
+        """One more queue of the same link.
+
+        Raises: DeviceError when the link is gone, or was not opened for several queues.
+        """
+        ...
+
+
 def check_packet(packet: bytes | bytearray | memoryview) -> None:
     """Raise ValueError unless `packet` is as long as its IP header says.
 

@@ -273,6 +273,12 @@ def open_tun(name: str, *, offload: bool = True, mtu: int = 1500, multi_queue: b
     return LinuxTun(fd, real_name, flags=flags, mtu=mtu)
 
 
+def adopt_tun(fd: int, name: str, *, offload: bool, mtu: int) -> LinuxTun:
+    """The device of a descriptor that `open_tun` or `extra_queue` made, in this process or another; it owns it."""
+    flags = IFF_TUN | IFF_NO_PI | IFF_MULTI_QUEUE | (IFF_VNET_HDR if offload else 0)
+    return LinuxTun(fd, name, flags=flags, mtu=mtu)
+
+
 def _check_name(name: str) -> None:
     # dev_valid_name() in net/core/dev.c
     encoded = os.fsencode(name)
