@@ -62,6 +62,54 @@ class Directory:
             return next((endpoint for endpoint in found if endpoint.port == port), None)
         return found if found.port == port else None
 
+    def changes_since(self, before: Directory) -> tuple[list[tuple[bytes, Endpoint]], list[tuple[bytes, int]]]:
+        """What `before.changed` needs to become this one: endpoints at packed addresses, and places now empty."""
+        put: list[tuple[bytes, Endpoint]] = []
+        drop: list[tuple[bytes, int]] = []
+        for key, found in self._at.items():
+            old = before._at.get(key)
+            if old is not found and old != found:
+                known = {endpoint.port: endpoint for endpoint in _several(old)}
+                put += [(key, endpoint) for endpoint in _several(found) if known.pop(endpoint.port, None) != endpoint]
+                drop += [(key, port) for port in known]
+        for key, gone in before._at.items():
+            if key not in self._at:
+                drop += [(key, endpoint.port) for endpoint in _several(gone)]
+        return put, drop
+
+    def changed(self, put: Iterable[tuple[bytes, Endpoint]], drop: Iterable[tuple[bytes, int]] = ()) -> Directory:
+        """Another directory in which this has changed. Takes a copy of two dicts, a millisecond for 65,000 addresses.
+
+        Args:
+            put: endpoints at packed addresses; one at the same address and port is replaced.
+            drop: packed addresses and ports where nothing is any more.
+        """
+        places: dict[bytes, dict[int, Endpoint]] = {}
+
+        def ports_at(key: bytes) -> dict[int, Endpoint]:
+            ports = places.get(key)
+            if ports is None:
+                ports = places[key] = {endpoint.port: endpoint for endpoint in _several(self._at.get(key))}
+            return ports
+
+        for key, port in drop:
+            ports_at(key).pop(port, None)
+        for key, endpoint in put:
+            ports_at(key)[endpoint.port] = endpoint
+        at, served, count = dict(self._at), dict(self._served), self._count
+        touched: dict[bytes, Endpoint | tuple[Endpoint, ...]] = {}
+        for key, ports in places.items():
+            count += len(ports) - len(_several(at.get(key)))
+            if ports:
+                at[key] = touched[key] = next(iter(ports.values())) if len(ports) == 1 else tuple(ports.values())
+            else:
+                at.pop(key, None)
+                served.pop(key, None)
+        served.update(_ports(touched))
+        made = Directory()
+        made._at, made._served, made._count = at, served, count
+        return made
+
     def served(self) -> Mapping[bytes, frozenset[int]]:
         """The ports by packed address, in the shape the TCP stack takes. Equal port sets are one object."""
         return MappingProxyType(self._served)
@@ -81,6 +129,12 @@ class Directory:
 
     def __repr__(self) -> str:
         return f"<Directory of {self._count} endpoints at {len(self._at)} addresses>"
+
+
+def _several(found: Endpoint | tuple[Endpoint, ...] | None) -> tuple[Endpoint, ...]:
+    if found is None:
+        return ()
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _ports(at: Mapping[bytes, Endpoint | tuple[Endpoint, ...]]) -> dict[bytes, frozenset[int]]:

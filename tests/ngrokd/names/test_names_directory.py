@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pickle
 import sys
+import time
 from ipaddress import IPv4Address, IPv6Address
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ngrokd.endpoints import Endpoint
 from ngrokd.names.directory import Directory
@@ -91,3 +94,55 @@ def test_a_whole_16_bit_subnet_is_cheap() -> None:
     table = directory._at
     assert sys.getsizeof(table) + sum(map(sys.getsizeof, table)) < 8 * 2**20
     assert len(directory.served()) == 65_533
+
+
+def place(number: int) -> IPv4Address:
+    return IPv4Address(0x0A6B0002 + number)
+
+
+def tables() -> st.SearchStrategy[dict[tuple[int, int], int]]:
+    """Address and port to a version of the endpoint there; few of each, so that tables meet."""
+    return st.dictionaries(st.tuples(st.integers(0, 3), st.integers(80, 83)), st.integers(0, 2), max_size=12)
+
+
+def made_of(table: dict[tuple[int, int], int]) -> Directory:
+    return Directory(
+        (place(number), Endpoint(f"ep_{number}_{port}_{version}", "", "http", f"h{number}", port, "http"))
+        for (number, port), version in table.items()
+    )
+
+
+@given(tables(), tables(), st.integers(1, 5))
+def test_the_changes_make_one_directory_the_other_however_they_are_cut(
+    before: dict[tuple[int, int], int], after: dict[tuple[int, int], int], piece: int
+) -> None:
+    """A worker is told the difference, in pieces."""
+    old, new = made_of(before), made_of(after)
+
+    put, drop = new.changes_since(old)
+    grown = old.changed([], drop)
+    for start in range(0, len(put), piece):
+        grown = grown.changed(put[start : start + piece])
+
+    assert set(grown) == set(new)
+    assert grown.served() == new.served()
+    assert len(grown) == len(new)
+    assert set(old) == set(made_of(before)), "a directory never changes"
+    assert {(key, endpoint.port) for key, endpoint in put} == {
+        (place(at).packed, port) for (at, port), version in after.items() if before.get((at, port)) != version
+    }
+    assert set(drop) == {(place(at).packed, port) for at, port in before.keys() - after.keys()}
+    assert all(grown.lookup((address.packed, endpoint.port)) is endpoint for address, endpoint in grown)
+
+
+def test_one_change_among_65_000_costs_milliseconds() -> None:
+    """The data plane's worker makes it between two batches of packets."""
+    old = Directory((place(number), HTTP) for number in range(65_000))
+    started = time.process_time()
+
+    new = old.changed([(place(65_001).packed, SQL)], [(place(7).packed, HTTP.port)])
+    took = time.process_time() - started
+
+    assert (len(old), len(new)) == (65_000, 65_000)
+    assert took < 0.1  # 2 ms on the machine this was written on
+    assert new.changes_since(old) == ([(place(65_001).packed, SQL)], [(place(7).packed, HTTP.port)])
