@@ -4,8 +4,9 @@ Theory of operation
 -------------------
 The control plane knows ngrok, files and this machine. The data plane knows packets and TLS. They share no object:
 the control plane *tells* (`Serve`, `Use`, `Reach`, `Trust`, `Accept`, each a frozen value), the data plane *reports*
-(`CaFound`, `FlowEvent`, `DeviceLost`), and its counters are read as plain numbers. It looks no name up, reads no file
-and changes nothing on the machine. That is why it can run in the daemon's own process, as here, or in processes
+(`CaFound`, `FlowEvent`, `DeviceLost`), and is *asked* (`flows`, `close_flow`, `probe`, `record`, `counters`), which is
+answered in plain values: numbers that may be summed, rows that may be joined. It looks no name up, reads no file and
+changes nothing on the machine. That is why it can run in the daemon's own process, as here, or in processes
 without privileges.
 
 Supervision inside `DataPlane.run`:
@@ -21,22 +22,42 @@ reports it and waits for another one.
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address, ip_network
-from typing import Final, TypeAlias
+from types import TracebackType
+from typing import Final, Self, TypeAlias
 
 import trio
 
 from ngrokd.endpoints import Credentials, Endpoint
+from ngrokd.errors import Exit, NgrokdError
 from ngrokd.names.directory import Directory
 from ngrokd.names.twins import ServedTwice, Twins
-from ngrokd.relay.handler import FlowEvent, Handler
-from ngrokd.relay.ingress import Ingress
+from ngrokd.relay.handler import FlowEvent, Handler, Serving
+from ngrokd.relay.ingress import Ingress, Probe
 from ngrokd.relay.stock import PoolSettings
 from ngrokd.relay.transport import Transport
-from tun import Device, DeviceError, FlowRequest, FlowStream, Network, Stack, StackSettings
+from tun import (
+    Capture,
+    CaptureFilter,
+    CaptureLimits,
+    Device,
+    DeviceError,
+    FlowRequest,
+    FlowStream,
+    Network,
+    RecordingDevice,
+    Stack,
+    StackSettings,
+)
 
+RECORDINGS: Final = 4  # at a time
+RECORDING_READ_BYTES: Final = 1 << 18
+FLOWS_AT_ONCE: Final = 256  # looked at between two turns of the loop
 NO_PORTS: Final[frozenset[int]] = frozenset()
 
 Dial: TypeAlias = Callable[[str, int], Awaitable[Transport]]
@@ -83,7 +104,14 @@ class Accept:
     networks: tuple[str, ...] = ()
 
 
-Order: TypeAlias = Serve | Use | Reach | Trust | Accept
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Refuse new flows while `paused`; those that live go on."""
+
+    paused: bool
+
+
+Order: TypeAlias = Serve | Use | Reach | Trust | Accept | Pause
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +131,71 @@ class DeviceLost:
 Report: TypeAlias = CaFound | DeviceLost | FlowEvent
 
 
+# Why a flow was ended by us, beside the reasons of the relay's errors.
+ENDPOINT_REMOVED: Final = "endpoint_removed"
+CLOSED_HERE: Final = "closed_by_operator"
+DIALING: Final = "DIALING"  # the state of a flow that nobody has decided on; the others are TCP's (RFC 9293 3.3.2)
+
+
+@dataclass(frozen=True, slots=True)
+class FlowInfo:
+    """One flow, as it is now.
+
+    Attributes:
+        number: tells it from all others since the start.
+        host, port: the endpoint's; the destination's address where there is no endpoint.
+        source, destination: the app's address and port, and what it connected to.
+        state: DIALING, or TCP's.
+        age_s: seconds since the app's SYN.
+        dial_s: seconds until the ingress had agreed; 0 while it has not.
+        bytes_from_app, bytes_to_app: carried so far, as the app's TCP counts them.
+        rtt_s: smoothed round trip time to the app's kernel, seconds; negative while unknown.
+    """
+
+    number: int
+    host: str
+    port: int
+    source: tuple[str, int]
+    destination: tuple[str, int]
+    state: str
+    age_s: float
+    dial_s: float = 0.0
+    bytes_from_app: int = 0
+    bytes_to_app: int = 0
+    rtt_s: float = -1.0
+
+
+@dataclass(frozen=True, slots=True)
+class RecordOrder:
+    """What to record and when to end. Empty parts hold for everything; see `tun.CaptureFilter`.
+
+    Attributes:
+        addresses, ports: of either side.
+        snaplen: bytes of each packet.
+        max_packets, duration_s: where it ends by itself.
+        application: who asked, for the file's header.
+    """
+
+    addresses: tuple[str, ...] = ()
+    ports: tuple[int, ...] = ()
+    snaplen: int = 262_144
+    max_packets: float = math.inf
+    duration_s: float = math.inf
+    application: str = ""
+
+
+class TooManyRecordingsError(NgrokdError):
+    """RECORDINGS are under way."""
+
+    exit_code = Exit.TEMPORARY
+
+
 @dataclass(frozen=True, slots=True)
 class DataPlaneSettings:
-    """What does not change while the data plane runs."""
+    """What does not change while the data plane runs.
+
+    Flows are numbered from `first_flow` in steps of `flow_step`, so that several data planes share the numbers.
+    """
 
     stack: StackSettings
     secret: bytes = field(repr=False)
@@ -115,13 +205,15 @@ class DataPlaneSettings:
     pool: PoolSettings = field(default_factory=PoolSettings)
     twins: Twins | None = None
     strict: bool = False
+    first_flow: int = 1
+    flow_step: int = 1
 
 
 @dataclass(slots=True, eq=False)
-class _Serving:
-    """One flow being handled: where to, how to end it, and the stream once there is one."""
+class _Flow:
+    """One flow being handled: what is known of it, and how to end it."""
 
-    request: FlowRequest
+    serving: Serving
     scope: trio.CancelScope
 
 
@@ -152,7 +244,10 @@ class DataPlane:
         )
         self._handler = Handler(self._lookup, self.ingress, on_event=report, strict=settings.strict)
         self._flows: trio.Nursery | None = None
-        self._serving: dict[_Serving, None] = {}
+        self._live: dict[int, _Flow] = {}  # by number
+        self._next_flow = settings.first_flow
+        self._paused = False
+        self._recordings: list[Recording] = []
         self._drain_s = 0.0
         self._draining = trio.Event()
         self._device_replaced = trio.Event()
@@ -171,6 +266,9 @@ class DataPlane:
                 self.ingress.set_addresses(order.host, order.port, order.addresses)
             case Trust():
                 self.ingress.set_anchors(order.system, order.pem, order.fingerprints)
+            case Pause(paused):
+                self._paused = paused
+                self._stack.set_draining(paused or self._draining.is_set())
             case Accept():
                 self._stack.set_sources(order.local, [_as_numbers(network) for network in order.networks])
 
@@ -185,15 +283,19 @@ class DataPlane:
         self._stack.set_served(served if twins is None else ServedTwice(served, twins))
         # An endpoint that is gone refuses new flows at once; those that live get a while to finish what they do.
         deadline = trio.current_time() + order.linger_s
-        for serving in self._serving:
-            gone = self._lookup(serving.request.destination) is None
+        for flow in self._live.values():
+            gone = self._lookup(flow.serving.request.destination) is None
             if not gone:
-                serving.scope.deadline = float("inf")
-            elif serving.scope.deadline == float("inf"):
-                serving.scope.deadline = deadline
+                flow.scope.deadline = math.inf
+                flow.serving.ending = ""
+            elif flow.scope.deadline == math.inf:
+                flow.scope.deadline = deadline
+                flow.serving.ending = ENDPOINT_REMOVED
 
     def replace_device(self, device: Device) -> None:
         """Go on with another device after `DeviceLost`."""
+        for recording in self._recordings:
+            device = recording.put_before(device)
         self.network.device = device
         self._device_replaced.set()
 
@@ -213,7 +315,7 @@ class DataPlane:
     @property
     def flow_count(self) -> int:
         """Flows and undecided requests being handled."""
-        return len(self._serving)
+        return len(self._live)
 
     def streams(self) -> list[FlowStream]:
         """The flows that carry bytes now."""
@@ -227,9 +329,56 @@ class DataPlane:
         numbers |= {f"device.{reason}": count for reason, count in self.network.device.drops.items()}
         numbers |= {f"relay.{name}": value for name, value in self._handler.counters().items()}
         numbers |= {f"pool.{name}": value for name, value in self.ingress.counters().items()}
-        numbers["flows"] = len(self._serving)
+        accepted = [flow.serving.flow for flow in self._live.values() if flow.serving.flow is not None]
+        numbers["relay.bytes_from_app"] += sum(flow.bytes_from_app for flow in accepted)
+        numbers["relay.bytes_to_app"] += sum(flow.bytes_to_app for flow in accepted)
+        numbers["flows"] = len(self._live)
         numbers["batches"] = self.network.batches
         return numbers
+
+    # What it is asked
+
+    async def flows(self) -> list[FlowInfo]:
+        """All flows, oldest first. Not of one moment: with many of them packets pass meanwhile."""
+        rows: list[FlowInfo] = []
+        for flow in list(self._live.values()):
+            rows.append(_describe(flow.serving, trio.current_time()))
+            if len(rows) % FLOWS_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint()
+        return rows
+
+    async def close_flow(self, number: int) -> bool:
+        """Reset a flow, both ways. Returns whether there was one of this number."""
+        await trio.lowlevel.checkpoint()
+        flow = self._live.get(number)
+        if flow is None:
+            return False
+        flow.serving.ending = CLOSED_HERE
+        flow.scope.cancel()
+        return True
+
+    async def probe(self, host: str, port: int) -> Probe:
+        """Go the way of a flow once, with a connection of its own; host "": only to the ingress, which is verified."""
+        return await self.ingress.probe(host, port)
+
+    def record(self, order: RecordOrder) -> Recording:
+        """Begin to record packets. Whoever has the recording closes it. Raises TooManyRecordingsError, ValueError."""
+        if len(self._recordings) >= RECORDINGS:
+            raise TooManyRecordingsError(f"{RECORDINGS} captures are under way", remedy="end one of them first")
+        recording = Recording(order, self._forget_recording)
+        self._recordings.append(recording)
+        self.network.device = recording.put_before(self.network.device)
+        return recording
+
+    def _forget_recording(self, recording: Recording) -> None:
+        self._recordings.remove(recording)
+        device = self.network.device
+        while isinstance(device, RecordingDevice):  # the raw one is at the end, whichever of them leaves
+            device = device.device
+        for each in self._recordings:
+            device = each.resume(device)
+        self.network.device = device
 
     # Life
 
@@ -276,14 +425,124 @@ class DataPlane:
             self._flows.start_soon(self._serve_flow, request)
 
     async def _serve_flow(self, request: FlowRequest) -> None:
-        serving = _Serving(request, trio.CancelScope())
-        self._serving[serving] = None
+        number = self._next_flow
+        self._next_flow += self._settings.flow_step
+        flow = _Flow(Serving(request, number, trio.current_time()), trio.CancelScope())
+        self._live[number] = flow
         try:
-            with serving.scope:
-                request.on_cancelled(serving.scope.cancel)
-                await self._handler.serve(request)
+            with flow.scope:
+                request.on_cancelled(flow.scope.cancel)
+                await self._handler.serve(request, flow.serving)
         finally:
-            del self._serving[serving]
+            del self._live[number]
+
+
+class Recording:
+    """Packets being recorded, to be read as a pcapng file. A context manager; leaving it closes it.
+
+    The pump writes into a pipe and never waits for whoever reads it; what does not fit is counted, also in the file.
+    """
+
+    def __init__(self, order: RecordOrder, on_close: Callable[[Recording], None]) -> None:
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        self._on_close = on_close
+        self._ends_at = trio.current_time() + order.duration_s
+        self._recorder: RecordingDevice | None = None
+        self._closed = False
+        try:
+            self._capture = Capture(
+                self._writer,
+                interests=CaptureFilter.of(order.addresses, order.ports),
+                limits=CaptureLimits(max_packets=order.max_packets),
+                application=order.application,
+                snaplen=order.snaplen,
+            )
+        except BaseException:
+            self._close_pipe()
+            raise
+
+    @property
+    def recorded(self) -> int:
+        """Packets recorded so far."""
+        return self._capture.recorded
+
+    @property
+    def dropped(self) -> int:
+        """Packets that should have been recorded, but whoever reads is too slow."""
+        return self._capture.dropped
+
+    @property
+    def ended(self) -> str:
+        """Why it is over ("packets", "duration", "closed"), or ""."""
+        return "duration" if self._ends_at == -math.inf else self._capture.ended
+
+    def put_before(self, device: Device) -> Device:
+        """Record what passes this device from now on, as another interface of the same file."""
+        self._recorder = RecordingDevice(device, self._capture)
+        return self._recorder
+
+    def resume(self, device: Device) -> Device:
+        """Go on with the same interface, in front of another recording's device or of the real one."""
+        assert self._recorder is not None
+        self._recorder.device = device
+        return self._recorder
+
+    async def read(self) -> bytes:
+        """Wait for the next bytes of the file; b"" when it is over and everything was read."""
+        await trio.lowlevel.checkpoint()
+        while True:
+            self._capture.flush()
+            with contextlib.suppress(BlockingIOError):
+                return os.read(self._reader, RECORDING_READ_BYTES)
+            if self._capture.ended and not self._capture.pending:
+                return b""
+            with trio.move_on_at(self._ends_at) as scope:
+                await trio.lowlevel.wait_readable(self._reader)
+            if scope.cancelled_caught:
+                self._ends_at = -math.inf
+                self._capture.close()
+
+    def close(self) -> None:
+        """Stop recording. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._capture.close()
+            self._on_close(self)
+            self._close_pipe()
+
+    def _close_pipe(self) -> None:
+        os.close(self._reader)
+        os.close(self._writer)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _describe(serving: Serving, now: float) -> FlowInfo:
+    request, endpoint, flow = serving.request, serving.endpoint, serving.flow
+    host, port = request.destination if endpoint is None else (endpoint.host, endpoint.port)
+    age_s = now - serving.begun
+    if not isinstance(flow, FlowStream):
+        return FlowInfo(serving.number, host, port, request.source, request.destination, DIALING, age_s)
+    return FlowInfo(
+        serving.number,
+        host,
+        port,
+        request.source,
+        request.destination,
+        flow.state,
+        age_s,
+        serving.dial_s,
+        flow.bytes_from_app,
+        flow.bytes_to_app,
+        flow.round_trip_s,
+    )
 
 
 _STACK_COUNTERS: Final = (

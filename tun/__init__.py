@@ -15,6 +15,7 @@ from tun.device import adopt_device, open_device
 from tun.device.base import Device, QueuedDevice
 from tun.errors import BadPacket, DeviceError, TunError
 from tun.network import FlowRequest, FlowStream, Network
+from tun.pcap import Capture, CaptureFilter, CaptureLimits, RecordingDevice
 
 __all__ = [
     "Network",
@@ -26,6 +27,10 @@ __all__ = [
     "QueuedDevice",
     "open_device",
     "adopt_device",
+    "RecordingDevice",
+    "Capture",
+    "CaptureFilter",
+    "CaptureLimits",
     "TunError",
     "DeviceError",
     "BadPacket",

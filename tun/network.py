@@ -321,6 +321,11 @@ class FlowStream(trio.abc.HalfCloseableStream):
         return STATE_NAMES[self._flow.state]
 
     @property
+    def round_trip_s(self) -> float:
+        """The smoothed round trip time to the app, seconds; negative before the first measurement."""
+        return self._flow.round_trip_s
+
+    @property
     def opened_at(self) -> float:
         """When the SYN arrived, on Trio's clock."""
         return self._flow.opened_at

@@ -41,7 +41,7 @@ from tun.errors import BadPacket
 from tun.wire.checksum import complete, internet_checksum, pseudo_header_sum
 
 LINKTYPE_RAW: Final = 101
-# No packet is cut: an IP packet has at most 65535 bytes, and this is what tcpdump writes for "all of it".
+# No packet is cut unless it is asked for: one has at most 65535 bytes, and this is tcpdump's word for "all of it".
 SNAPLEN: Final = 262_144
 
 SECTION_HEADER: Final = 0x0A0D0D0A
@@ -222,6 +222,7 @@ class Capture:
         limits: CaptureLimits = UNLIMITED,
         clock: Callable[[], int] | None = None,
         application: str = "",
+        snaplen: int = SNAPLEN,
         backlog_bytes: int = 4 * 2**20,
         on_end: Callable[[], object] | None = None,
     ) -> None:
@@ -234,6 +235,7 @@ class Capture:
             limits: where it ends.
             clock: nanoseconds since 1970; `wall_clock()` if None.
             application: who writes this, for the file's header.
+            snaplen: of each packet so many bytes are recorded, from the IP header on.
             backlog_bytes: how much may wait for a descriptor that is full; at least one packet of 64 KiB.
             on_end: called once, when the capture has ended for whatever reason; inside the batch, so it must not raise.
         """
@@ -248,6 +250,7 @@ class Capture:
         self._interests = interests
         self._limits = limits
         self._clock = clock or wall_clock()
+        self._snaplen = snaplen
         self._backlog_bytes = backlog_bytes
         self._on_end = on_end
         self._backlog = bytearray(section_header(application))
@@ -261,7 +264,7 @@ class Capture:
         """Describe one more device; returns its number for `record`."""
         self._interfaces.append(_Counts(self._clock()))
         if not self.ended:
-            self._backlog += interface_description(name, description)
+            self._backlog += interface_description(name, description, self._snaplen)
         return len(self._interfaces) - 1
 
     def wants(self, packet: Bytes, start: int) -> bool:
@@ -279,7 +282,9 @@ class Capture:
             self._end("duration")
             return
         counts.accepted += 1
-        block = packet_block(interface, now, packet, inbound=inbound, dropped=self._untold)
+        block = packet_block(
+            interface, now, packet[: self._snaplen], inbound=inbound, dropped=self._untold, size=len(packet)
+        )
         # The counts at the end belong to the file as well.
         size = self.written + len(self._backlog) + len(block) + _STATISTICS_BYTES * len(self._interfaces)
         if size > self._limits.max_bytes:
@@ -306,6 +311,11 @@ class Capture:
             self._write()
         if not self.ended and not self._is_within_duration(self._clock()):
             self._end("duration")
+
+    @property
+    def pending(self) -> int:
+        """Bytes that the descriptor has not taken yet."""
+        return len(self._backlog)
 
     async def drain(self) -> None:
         """Wait until everything was written or the descriptor failed. Cancellation loses nothing: drain again."""
@@ -519,33 +529,34 @@ def section_header(application: str = "", comment: str = "") -> bytes:
     return _block(SECTION_HEADER, _SECTION.pack(_BYTE_ORDER_MAGIC, 1, 0, _UNKNOWN_LENGTH) + _ended(options))
 
 
-def interface_description(name: str, description: str = "") -> bytes:
+def interface_description(name: str, description: str = "", snaplen: int = SNAPLEN) -> bytes:
     """The block that introduces an interface; the first one is number 0. Its times are nanoseconds."""
     options = (
         _text_option(INTERFACE_NAME, name)
         + _text_option(INTERFACE_TEXT, description)
         + _option(INTERFACE_RESOLUTION, bytes((_NANOSECONDS,)))
     )
-    return _block(INTERFACE_DESCRIPTION, _INTERFACE.pack(LINKTYPE_RAW, 0, SNAPLEN) + _ended(options))
+    return _block(INTERFACE_DESCRIPTION, _INTERFACE.pack(LINKTYPE_RAW, 0, snaplen) + _ended(options))
 
 
 def packet_block(
-    interface: int, time_ns: int, packet: bytes, *, inbound: bool, dropped: int = 0, comment: str = ""
+    interface: int, time_ns: int, packet: bytes, *, inbound: bool, dropped: int = 0, comment: str = "", size: int = 0
 ) -> bytes:
     """The block of one packet.
 
     Args:
         time_ns: since 1970.
         dropped: packets that were lost for this capture right before it.
+        size: bytes that it had on the link, where `packet` is not all of it.
     """
-    size = len(packet)
+    kept = len(packet)
     options = _FLAGS[inbound]
     if dropped:
         options += _option(PACKET_DROPS, _LONG_LONG.pack(dropped))
     if comment:
         options += _text_option(OPTION_COMMENT, comment)
-    fields = _PACKET.pack(interface, time_ns >> 32 & 0xFFFFFFFF, time_ns & 0xFFFFFFFF, size, size)
-    return _block(ENHANCED_PACKET, b"".join((fields, packet, _PADDING[size & 3], _ended(options))))
+    fields = _PACKET.pack(interface, time_ns >> 32 & 0xFFFFFFFF, time_ns & 0xFFFFFFFF, kept, size or kept)
+    return _block(ENHANCED_PACKET, b"".join((fields, packet, _PADDING[kept & 3], _ended(options))))
 
 
 def interface_statistics(interface: int, start_ns: int, end_ns: int, seen: int, accepted: int, dropped: int) -> bytes:

@@ -19,6 +19,7 @@ import trio
 
 from ngrokd.endpoints import printable
 from ngrokd.errors import BindingRefused, IngressUnreachable, IngressUntrusted, RelayError, StreamTruncated
+from ngrokd.metrics import Histogram
 from ngrokd.relay.dialing import CHECK_OUTBOUND, Addresses, MayPass
 from ngrokd.relay.pool import Connection
 from ngrokd.relay.stock import LEAD_WEIGHT
@@ -52,6 +53,12 @@ ABOUT_OUR_CERTIFICATE: Final = frozenset(
 )
 
 
+# What Progress.phase says meanwhile.
+CONNECTING: Final = "connecting"
+SHAKING_HANDS: Final = "doing the TLS handshake"
+LOOKING_AT_CHAIN: Final = "looking at the certificate chain of the ingress"
+
+
 class Progress:
     """What opening a stream is at, for the message when time runs out."""
 
@@ -73,7 +80,9 @@ class Connector:
     Attributes:
         tickets: sessions to resume.
         dial_s: how long TCP and TLS take together, averaged over the last dials, seconds; 0 before the first.
-        counts: dials, dial_us (microseconds, all together), resumed (of dials), dial_failures.
+        dial_times: how long each dial took, TCP and TLS together.
+        counts: dials, dial_us (microseconds, all together), resumed (of dials), dial_failures, and those by the reason
+            of their error.
     """
 
     def __init__(
@@ -89,6 +98,7 @@ class Connector:
         self._untrusted: tuple[ssl.SSLContext, str, float] | None = None  # verified against, message, until
         self._scratch = memoryview(bytearray(SCRATCH))
         self.dial_s = 0.0
+        self.dial_times = Histogram()
         self.counts: Counter[str] = Counter()
 
     # -- what it is told
@@ -163,8 +173,9 @@ class Connector:
                 return await self._dial_tls(context, progress, full=full)
             except ssl.SSLCertVerificationError as error:
                 return await self._find_pinned_ca(context, error, progress)
-        except RelayError:
+        except RelayError as error:
             self.counts["dial_failures"] += 1
+            self.counts[error.reason] += 1
             raise
 
     # -- verification
@@ -173,7 +184,7 @@ class Connector:
         self, failed: ssl.SSLContext, error: ssl.SSLCertVerificationError, progress: Progress
     ) -> Connection:
         """See whether the ingress presents a CA that we know by its fingerprint, and verify against it."""
-        progress.phase = "looking at the certificate chain of the ingress"
+        progress.phase = LOOKING_AT_CHAIN
         name = self.name
         async with self._probing:
             context = self._trust.context()
@@ -243,9 +254,9 @@ class Connector:
         host, port, generation = self._addresses.host, self._addresses.port, self._generation
         while True:
             begun = trio.current_time()
-            progress.phase = "connecting"
+            progress.phase = CONNECTING
             transport, address = await self._addresses.connect()
-            progress.phase = "doing the TLS handshake"
+            progress.phase = SHAKING_HANDS
             ticket = None if full else self.tickets.take(context, host, trio.current_time())
             try:
                 stream = await self._handshake(transport, context, host, ticket)
@@ -287,6 +298,7 @@ class Connector:
         self.counts["dials"] += 1
         self.counts["dial_us"] += round(seconds * 1e6)
         self.counts["resumed"] += resumed
+        self.dial_times.observe(seconds)
         self.dial_s += (seconds - self.dial_s) * (LEAD_WEIGHT if self.dial_s else 1.0)
 
     def _handshake_failed(self, error: ssl.SSLError | StreamTruncated) -> RelayError:

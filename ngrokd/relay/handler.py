@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 # Kinds of FlowEvent.
 OPENED: Final = "opened"  # accepted: the app is connected
-CLOSED: Final = "closed"  # an accepted flow is over, however it ended
+CLOSED: Final = "closed"  # an accepted flow is over, however it ended; comes last, and says why
+GAVE_UP: Final = "gave_up"  # the app itself, before it was accepted
 REFUSED: Final = "refused"  # before it was accepted: the app saw "connection refused"
 CUT: Final = "cut"  # by the ingress, after it was accepted: the app saw "connection reset"
 APP_GONE: Final = "app_gone"  # the app reset it, or vanished
@@ -63,14 +64,18 @@ class FlowEvent:
     """Something happened to a flow that a person may want to know.
 
     Attributes:
-        kind: OPENED, CLOSED, REFUSED, CUT, APP_GONE, NOTICE or BUG.
+        kind: OPENED, CLOSED, GAVE_UP, REFUSED, CUT, APP_GONE, NOTICE or BUG.
         host, port: the endpoint's; the destination's address where there is no endpoint.
         source: the app's address and port.
-        reason: a stable word, for counters and `status`.
+        reason: a stable word, for counters and `status`. Of CLOSED: why it ended, "completed" when both sides did.
         message: one printable line.
         remedy: what to do next, or "".
         dial_s: seconds that passed until the ingress had agreed, or until it was given up.
         traceback: of a bug.
+        flow: its number, see `Serving.number`.
+        destination: the address and port that the app wanted.
+        age_s: seconds since the app's SYN.
+        bytes_from_app, bytes_to_app: carried so far, as the app's TCP counts them.
     """
 
     kind: str
@@ -82,6 +87,38 @@ class FlowEvent:
     remedy: str = ""
     dial_s: float = 0.0
     traceback: str = ""
+    flow: int = 0
+    destination: tuple[str, int] = ("", 0)
+    age_s: float = 0.0
+    bytes_from_app: int = 0
+    bytes_to_app: int = 0
+
+
+class Serving:
+    """One request on its way, and the flow it becomes.
+
+    Attributes:
+        request: what the app asks for.
+        number: tells flows apart for as long as the daemon runs; 0 where nobody numbers them.
+        begun: when it came, Trio's clock.
+        endpoint: what it stands for, once it was looked up.
+        flow: once it was accepted.
+        outcome: one of the counters, once it is decided.
+        ending: why it ends, a word as in `FlowEvent.reason`. Whoever cancels `Handler.serve` says so here before.
+        dial_s: seconds until the ingress had agreed.
+    """
+
+    __slots__ = ("begun", "dial_s", "ending", "endpoint", "flow", "number", "outcome", "request")
+
+    def __init__(self, request: Request, number: int, begun: float) -> None:
+        self.request = request
+        self.number = number
+        self.begun = begun
+        self.endpoint: Endpoint | None = None
+        self.flow: Flow | None = None
+        self.outcome = ""
+        self.ending = ""
+        self.dial_s = 0.0
 
 
 class Handler:
@@ -110,10 +147,14 @@ class Handler:
         self._counts: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
         self._dial_s = 0.0
+        self._bytes_from_app = 0
+        self._bytes_to_app = 0
         self.active = 0  # accepted flows that have not ended
 
     def counters(self) -> dict[str, int]:
         """Return what happened so far, by name; `reason.*` counts refusals and cuts by their reason.
+
+        `bytes_*` are those of the flows that are over.
 
         requests = refused + cancelled + accepted + those being dialled;
         accepted = active + completed + cut + app_gone + ended (by us: shutdown, removed endpoint, bugs).
@@ -123,13 +164,21 @@ class Handler:
         counts["dialing"] = self._ingress.dialing
         counts["waiting"] = self._ingress.waiting
         counts["dial_ms"] = round(self._dial_s * 1000)
+        counts["bytes_from_app"] = self._bytes_from_app
+        counts["bytes_to_app"] = self._bytes_to_app
         counts |= {f"reason.{reason}": count for reason, count in self._reasons.items()}
         return counts
 
-    async def serve(self, request: Request) -> None:
-        """Decide `request` and carry its flow to the end. Cancelled, it is refused, or its flow is reset."""
+    async def serve(self, request: Request, serving: Serving | None = None) -> None:
+        """Decide `request` and carry its flow to the end. Cancelled, it is refused, or its flow is reset.
+
+        Args:
+            request: the app's SYN.
+            serving: where to write down how it goes, for whoever wants to watch.
+        """
         self._counts["requests"] += 1
-        serving = _Serving(request, trio.current_time())
+        if serving is None:
+            serving = Serving(request, 0, trio.current_time())
         try:
             await self._serve(serving)
         except trio.BrokenResourceError as error:
@@ -141,6 +190,7 @@ class Handler:
         except Exception as error:  # the boundary: one flow's bug must not end the others
             self._counts["bugs"] += 1
             self._decide(serving, "refused" if serving.flow is None else "ended")
+            serving.ending = "bug"
             self._report(serving, BUG, "bug", f"{type(error).__name__}: {error}", trace=traceback.format_exc())
             if self._strict:
                 raise
@@ -149,11 +199,17 @@ class Handler:
                 self._decide(serving, "cancelled" if serving.flow is None else "ended")
             if serving.flow is None:
                 request.refuse()
+                if serving.outcome == "cancelled":
+                    self._report(
+                        serving, GAVE_UP, serving.ending or "gave_up", "the app gave up, or was not waited for"
+                    )
             else:
                 self.active -= 1
-                self._report(serving, CLOSED, "closed", "the connection is over")
+                self._bytes_from_app += serving.flow.bytes_from_app
+                self._bytes_to_app += serving.flow.bytes_to_app
+                self._report(serving, CLOSED, serving.ending or serving.outcome, "the connection is over")
 
-    async def _serve(self, serving: _Serving) -> None:
+    async def _serve(self, serving: Serving) -> None:
         request = serving.request
         endpoint = serving.endpoint = self._lookup(request.destination)
         if endpoint is None:
@@ -166,7 +222,7 @@ class Handler:
         await splice(flow, opened.stream)
         self._decide(serving, "completed")
 
-    def _accept(self, serving: _Serving, opened: OpenedStream) -> Flow:
+    def _accept(self, serving: Serving, opened: OpenedStream) -> Flow:
         """Accept and tell; whatever goes wrong in it, neither end is left."""
         try:
             serving.flow = flow = serving.request.accept()
@@ -182,42 +238,61 @@ class Handler:
             raise
         return flow
 
-    def _count_failure(self, serving: _Serving, kind: str, reason: str, message: str, remedy: str = "") -> None:
+    def _count_failure(self, serving: Serving, kind: str, reason: str, message: str, remedy: str = "") -> None:
         if serving.flow is None:
             kind = REFUSED
         self._decide(serving, kind)
+        serving.ending = reason
         self._reasons[reason] += 1
         self._report(serving, kind, reason, message, remedy)
 
-    def _decide(self, serving: _Serving, outcome: str) -> None:
+    def _decide(self, serving: Serving, outcome: str) -> None:
         serving.outcome = outcome
         self._counts[outcome] += 1
 
     def _report(
-        self, serving: _Serving, kind: str, reason: str, message: str, remedy: str = "", trace: str = ""
+        self, serving: Serving, kind: str, reason: str, message: str, remedy: str = "", trace: str = ""
     ) -> None:
         endpoint = serving.endpoint
         host, port = serving.request.destination if endpoint is None else (endpoint.host, endpoint.port)
-        dial_s = trio.current_time() - serving.begun if serving.flow is None else serving.dial_s
-        if self._on_event is not None:
-            self._on_event(FlowEvent(kind, host, port, serving.request.source, reason, message, remedy, dial_s, trace))
+        if self._on_event is None:
+            return
+        request, flow = serving.request, serving.flow
+        age_s = trio.current_time() - serving.begun
+        self._on_event(
+            FlowEvent(
+                kind,
+                host,
+                port,
+                request.source,
+                reason,
+                message,
+                remedy,
+                age_s if flow is None else serving.dial_s,
+                trace,
+                serving.number,
+                request.destination,
+                age_s,
+                0 if flow is None else flow.bytes_from_app,
+                0 if flow is None else flow.bytes_to_app,
+            )
+        )
 
 
 _COUNTERS: Final = ("requests", "accepted", "completed", "refused", "cancelled", "cut", "app_gone", "ended", "bugs")
 
 
-class _Serving:
-    """One request on its way."""
-
-    __slots__ = ("begun", "dial_s", "endpoint", "flow", "outcome", "request")
-
-    def __init__(self, request: Request, begun: float) -> None:
-        self.request = request
-        self.begun = begun
-        self.endpoint: Endpoint | None = None
-        self.flow: Flow | None = None
-        self.outcome = ""  # one of _COUNTERS, once
-        self.dial_s = 0.0
-
-
-__all__ = ["APP_GONE", "BUG", "CLOSED", "CUT", "NOTICE", "OPENED", "REFUSED", "FlowEvent", "Handler", "Request"]
+__all__ = [
+    "APP_GONE",
+    "BUG",
+    "CLOSED",
+    "CUT",
+    "GAVE_UP",
+    "NOTICE",
+    "OPENED",
+    "REFUSED",
+    "FlowEvent",
+    "Handler",
+    "Request",
+    "Serving",
+]

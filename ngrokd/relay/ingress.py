@@ -28,9 +28,18 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from ngrokd.endpoints import printable
-from ngrokd.errors import BindingRefused, IngressUnreachable, RelayError, StreamTruncated
+from ngrokd.errors import BindingRefused, IngressUnreachable, IngressUntrusted, RelayError, StreamTruncated
+from ngrokd.metrics import Histogram
 from ngrokd.relay.binding import BindingResponse, ResponseDecoder, encode_request
-from ngrokd.relay.connector import ABOUT_OUR_CERTIFICATE, RENEW, Connector, Progress
+from ngrokd.relay.connector import (
+    ABOUT_OUR_CERTIFICATE,
+    CONNECTING,
+    LOOKING_AT_CHAIN,
+    RENEW,
+    SHAKING_HANDS,
+    Connector,
+    Progress,
+)
 from ngrokd.relay.dialing import CHECK_OUTBOUND, MayPass
 from ngrokd.relay.pool import Connection, Pool
 from ngrokd.relay.stock import PoolSettings, Stock
@@ -46,6 +55,7 @@ if TYPE_CHECKING:
     from ngrokd.relay.dialing import Dial
 
 ASKING: Final = "waiting for the answer to the binding header"
+SEE_STATUS: Final = "see what registration waits for with: ngrokd status"
 # A failure that may pass is a verdict when it has not passed by now; tries after 50, 100, 200 and 400 ms (jittered).
 RETRY_FOR_S: Final = 1.0
 RETRY_FIRST_S: Final = 0.05
@@ -75,6 +85,28 @@ class OpenedStream:
     proto: str
     notices: tuple[str, ...]
     dial_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """How it went to reach an endpoint once, with a connection of its own.
+
+    Attributes:
+        phases: "connect" (TCP), "tls" and "header", and the seconds each took; the last one may have failed.
+        address: of the ingress, "" when no connection was made.
+        tls: the protocol's version, "" when there was no verified handshake.
+        endpoint_id, proto: as the ingress said, printable, possibly empty.
+        reason, problem, remedy: of a failure, "" when all went well.
+    """
+
+    phases: tuple[tuple[str, float], ...]
+    address: str = ""
+    tls: str = ""
+    endpoint_id: str = ""
+    proto: str = ""
+    reason: str = ""
+    problem: str = ""
+    remedy: str = ""
 
 
 class Ingress:
@@ -127,6 +159,7 @@ class Ingress:
         self._running = False
         self._slow: dict[tuple[str, int], float] = {}  # endpoints that take their time, and until when we believe that
         self._retrying: Counter[tuple[str, int]] = Counter()
+        self._upgrade_times = Histogram()
         self.counts: Counter[str] = Counter()
 
     # -- what it is told
@@ -180,10 +213,14 @@ class Ingress:
         """What happened so far, by name, and how many connections are ready and being made.
 
         Each request was one of hits, adopted (of a connection that was just being made) and misses. `dial_us` is the
-        time that all `dials` took together.
+        time that all `dials` took together; `failed_*` are those that failed, by reason; `dial_seconds` and
+        `upgrade_seconds` (the binding header and its answer) are histograms.
         """
         counted = {name: self._pool.counts[name] for name in _POOL_COUNTERS}
         counted |= {name: self._connector.counts[name] for name in _DIAL_COUNTERS}
+        counted |= {f"failed_{reason}": self._connector.counts[reason] for reason in _DIAL_REASONS}
+        counted |= self._connector.dial_times.flat("dial_seconds")
+        counted |= self._upgrade_times.flat("upgrade_seconds")
         counted |= {name: self.counts[name] for name in _COUNTERS}
         tickets = len(self._connector.tickets)
         return counted | {"ready": len(self._pool), "making": self._pool.dialing, "tickets": tickets}
@@ -254,15 +291,46 @@ class Ingress:
             self._note_slow(host.lower(), port)
         elif progress.phase != ASKING:
             self._stock.note_failure(trio.current_time())
-        timeout = f"timed out after {self._connect_timeout_s:g} s while {progress.phase}"
-        raise IngressUnreachable(f"cannot reach the ingress {self.name}: {timeout}", remedy=CHECK_OUTBOUND)
+        raise self._timeout(progress.phase)
+
+    async def probe(self, host: str, port: int) -> Probe:
+        """Go the whole way to an endpoint with a fresh connection and a full handshake, then hang up.
+
+        With host "" only the ingress itself is reached and verified. Cancelled, nothing is left behind.
+        """
+        if not self._connector.has_credentials:
+            return Probe((), reason="no_certificate", problem="there is no client certificate yet", remedy=SEE_STATUS)
+        watch, connection = _Stopwatch(), None
+        try:
+            with trio.fail_after(self._connect_timeout_s):
+                async with self._slots:
+                    connection = await self._connector.connect(watch, full=True)
+                tls = connection.stream.ssl_object.version() or ""
+                if not host:
+                    return Probe(watch.stop(), connection.address, tls)
+                watch.phase = ASKING
+                response = await self._ask(connection, host.lower(), port)
+                said = printable(response.endpoint_id), printable(response.proto)
+                return Probe(watch.stop(), connection.address, tls, *said)
+        except trio.TooSlowError:
+            error: RelayError = self._timeout(watch.phase)
+        except RelayError as failure:
+            error = failure
+        except _NoAnswer as silence:
+            error = silence.error
+        finally:
+            if connection is not None:
+                connection.stream.close_nowait()
+        address = "" if connection is None else connection.address
+        tls = "" if connection is None else connection.stream.ssl_object.version() or ""
+        return Probe(watch.stop(), address, tls, reason=error.reason, problem=str(error), remedy=error.remedy)
 
     async def _open(self, host: str, port: int, progress: _Attempt) -> tuple[TlsStream, BindingResponse]:
         """Find a connection whose other side answers. At most three: pooled, resumed on trial, full."""
         if not self._connector.has_credentials:
             raise IngressUnreachable(
                 f"cannot use the ingress {self.name}: there is no client certificate yet",
-                remedy="see what registration waits for with: ngrokd status",
+                remedy=SEE_STATUS,
             )
         deadline = trio.current_effective_deadline()
         progress.phase = "waiting for a connection that is being made"
@@ -366,8 +434,11 @@ class Ingress:
         progress = Progress()
         with trio.move_on_after(self._connect_timeout_s):
             return await self._connector.connect(progress)
-        timeout = f"timed out after {self._connect_timeout_s:g} s while {progress.phase}"
-        raise IngressUnreachable(f"cannot reach the ingress {self.name}: {timeout}", remedy=CHECK_OUTBOUND)
+        raise self._timeout(progress.phase)
+
+    def _timeout(self, phase: str) -> IngressUnreachable:
+        timeout = f"timed out after {self._connect_timeout_s:g} s while {phase}"
+        return IngressUnreachable(f"cannot reach the ingress {self.name}: {timeout}", remedy=CHECK_OUTBOUND)
 
     # -- the header
 
@@ -376,6 +447,7 @@ class Ingress:
 
         Raises: BindingRefused, BadBindingHeader: the ingress answered. _NoAnswer: it did not.
         """
+        asked_at = trio.current_time()
         try:
             response = await self._upgrade(connection.stream, host, port)
         except BindingRefused:
@@ -385,6 +457,7 @@ class Ingress:
         except BaseException:
             connection.stream.abort()
             raise
+        self._upgrade_times.observe(trio.current_time() - asked_at)
         self._pool.note_proof()
         if connection.resumed:
             self._connector.tickets.note_served(connection.context)
@@ -441,6 +514,34 @@ class _Attempt(Progress):
         self.silent: Connection | None = None
 
 
+class _Stopwatch(Progress):
+    """Notes when each phase began."""
+
+    __slots__ = ("_marks",)
+
+    def __init__(self) -> None:
+        self._marks: list[tuple[str, float]] = []
+        super().__init__()
+
+    @property
+    def phase(self) -> str:
+        """The phase now."""
+        return self._marks[-1][0]
+
+    @phase.setter
+    def phase(self, name: str) -> None:
+        self._marks.append((name, trio.current_time()))
+
+    def stop(self) -> tuple[tuple[str, float], ...]:
+        """The phases that people know, and how long each took; what came twice is one."""
+        ends = [began for _, began in self._marks[1:]] + [trio.current_time()]
+        took: dict[str, float] = {}
+        for (name, began), end in zip(self._marks, ends, strict=True):
+            if name in _PHASES:
+                took[_PHASES[name]] = took.get(_PHASES[name], 0.0) + end - began
+        return tuple(took.items())
+
+
 class _NoAnswer(Exception):  # noqa: N818 - what has happened, and `error` is what it means unless it was a dead one
     """The connection ended before the binding header was answered."""
 
@@ -449,9 +550,11 @@ class _NoAnswer(Exception):  # noqa: N818 - what has happened, and `error` is wh
         self.error = error
 
 
+_PHASES: Final = {CONNECTING: "connect", SHAKING_HANDS: "tls", LOOKING_AT_CHAIN: "tls", ASKING: "header"}
 _POOL_COUNTERS: Final = ("hits", "adopted", "misses", "ordered", "failed", "dead", "aged", "surplus")
 _DIAL_COUNTERS: Final = ("dials", "dial_us", "dial_failures", "resumed")
+_DIAL_REASONS: Final = (IngressUnreachable.reason, IngressUntrusted.reason, BindingRefused.reason)
 _COUNTERS: Final = ("retried", "replaced", "silent")
 
 
-__all__ = ["Ingress", "OpenedStream"]
+__all__ = ["Ingress", "OpenedStream", "Probe"]

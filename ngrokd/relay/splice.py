@@ -43,6 +43,16 @@ class Flow(Protocol):
         """Why the flow is broken, or ""."""
         ...
 
+    @property
+    def bytes_from_app(self) -> int:
+        """Bytes received in order so far."""
+        ...
+
+    @property
+    def bytes_to_app(self) -> int:
+        """Bytes the app has acknowledged so far."""
+        ...
+
     def on_broken(self, callback: Callable[[], object] | None) -> None:
         """Have `callback` called once when the flow breaks, whoever waits for it or does not."""
         ...

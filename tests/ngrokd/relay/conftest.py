@@ -166,6 +166,8 @@ class FakeFlow:
         self._our_eof = False
         self._changed = trio.Event()
         self.app_received = bytearray()
+        self.bytes_from_app = 0
+        self.bytes_to_app = 0
         self.eof_order: list[str] = []
         self._on_broken: Callable[[], object] | None = None
 
@@ -204,6 +206,7 @@ class FakeFlow:
             taken = self._sink([view for view in views if view])
             assert 0 <= taken <= len(data)
             del self._from_app[:taken]
+            self.bytes_from_app += taken
             self._refused = taken < len(data)
         self._notify()
 
@@ -225,6 +228,7 @@ class FakeFlow:
             self._to_app.append(data[:taken])
             self._copies.append(bytes(data[:taken]))
             self._waiting_for_app += taken
+            self.bytes_to_app += taken
             self._notify()
         return taken
 
