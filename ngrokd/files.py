@@ -48,6 +48,8 @@ _AT_FDCWD: Final = -2 if sys.platform == "darwin" else -100
 _TEMP_NAME = re.compile(r"\.(?P<name>.+)\.ngrokd-[0-9a-f]{16}", re.DOTALL)
 _READ_SIZE: Final = 1 << 20
 _LINKS_MAX: Final = 40  # MAXSYMLINKS of Linux
+# Signatures over the content: a copy of them would be wrong, and the kernel makes its own.
+_NOT_COPIED: Final = frozenset({"security.ima", "security.evm"})
 
 
 class Ops:
@@ -287,6 +289,33 @@ def write_all(fd: int, data: bytes | memoryview, *, ops: Ops = SYSTEM) -> None:
         if written <= 0:
             raise OSError(errno.EIO, "nothing was written")
         view = view[written:]
+
+
+def copy_attributes(source: int, status: os.stat_result, fd: int, *, ops: Ops = SYSTEM) -> None:
+    """Give an open file the owner, the extended attributes (ACLs too) and the mode of another one.
+
+    Args:
+        source: descriptor of the file to be like.
+        status: what fstat said of it.
+        fd: descriptor of the file that gets them.
+        ops: the system.
+
+    Raises:
+        OSError: some cannot be given away, mostly the owner by somebody who is not root.
+    """
+    have = ops.fstat(fd)
+    if (status.st_uid, status.st_gid) != (have.st_uid, have.st_gid):
+        ops.fchown(fd, status.st_uid, status.st_gid)
+    try:
+        names = ops.listxattr(source)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        names = ()
+    for attribute in names:
+        if attribute not in _NOT_COPIED:
+            ops.setxattr(fd, attribute, ops.getxattr(source, attribute))
+    ops.fchmod(fd, stat.S_IMODE(status.st_mode))  # after the owner, since chown takes bits away
 
 
 def sync_directory(dir_fd: int, *, ops: Ops = SYSTEM) -> None:

@@ -43,6 +43,7 @@ from ngrokd.files import (
     Ops,
     StrPath,
     close_quietly,
+    copy_attributes,
     create_temp,
     read_descriptor,
     remove_stale,
@@ -66,8 +67,6 @@ _TRY_IN_PLACE: Final = frozenset({errno.EBUSY, errno.EROFS, errno.EXDEV, errno.E
 _NO_EXCHANGE: Final = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP})
 _NO_RESERVE: Final = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENODEV})
 _READ_ONLY: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.ETXTBSY})
-# Signatures over the content: a copy of them would be wrong, and the kernel makes its own.
-_NOT_COPIED: Final = frozenset({"security.ima", "security.evm"})
 
 
 class HostsFileError(NgrokdError):
@@ -395,7 +394,7 @@ class _Editing:
         try:
             try:
                 write_all(fd, wanted, ops=ops)
-                self._copy_attributes(snapshot, fd)
+                copy_attributes(snapshot.fd, snapshot.status, fd, ops=ops)
                 ops.fsync(fd)
                 with suppress(OSError):  # so that nobody takes the displaced file for litter before we have read it
                     ops.flock(snapshot.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -489,22 +488,6 @@ class _Editing:
     def _published(self) -> None:
         self._written = True
         self._patches.clear()  # they are part of what was published
-
-    def _copy_attributes(self, snapshot: _Snapshot, fd: int) -> None:
-        ops = self._ops
-        wanted, have = snapshot.status, ops.fstat(fd)
-        if (wanted.st_uid, wanted.st_gid) != (have.st_uid, have.st_gid):
-            ops.fchown(fd, wanted.st_uid, wanted.st_gid)
-        try:
-            names = ops.listxattr(snapshot.fd)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS):
-                raise
-            names = ()
-        for attribute in names:
-            if attribute not in _NOT_COPIED:
-                ops.setxattr(fd, attribute, ops.getxattr(snapshot.fd, attribute))
-        ops.fchmod(fd, stat.S_IMODE(wanted.st_mode))  # after the owner, since chown takes bits away
 
     def _settle(self, dir_fd: int, name: str, outcome: _Outcome) -> bool:
         """See what the nameless file holds when nobody can write to it any more. Returns: that it was nothing new."""
