@@ -29,6 +29,8 @@ COMMANDS: Final = {
     "set-api-key": ("ngrokd.cli.key", "set_api_key", "Give the daemon an API key, and store it."),
     "refresh": ("ngrokd.cli.refresh", "refresh", "Ask ngrok for the endpoints now."),
     "refresh-cert": ("ngrokd.cli.refresh", "refresh_cert", "Renew the client certificate if it is due."),
+    "plan": ("ngrokd.cli.plan", "plan", "Show what a run changes here, and who is in its way."),
+    "cleanup": ("ngrokd.cli.plan", "cleanup", "Remove what a killed daemon left."),
     "version": ("ngrokd.cli.version", "version", "Print versions."),
     "help": ("ngrokd.cli.version", "show_help", "Print help, on a command where one is named."),
 }

@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import gc
 import logging
 import math
-import os
 import resource
 import signal
 import socket
-import struct
 import time
 from collections.abc import AsyncIterator, Callable
-from ipaddress import IPv4Network, IPv6Network
+from ipaddress import IPv6Network
 from typing import Any, Final
 
 import trio
 
 from ngrokd.config import Settings
-from ngrokd.errors import Exit, NgrokdError, TakenError
+from ngrokd.errors import Exit, NgrokdError
 from ngrokd.host import linux
-from ngrokd.host.plan import ADDRESS, DEVICE, GUARD, LINK, ROUTE, Action, HostError, Plan, Step, linux_plan
+from ngrokd.host.claims import claim_interface
+from ngrokd.host.plan import ADDRESS, DEVICE, GUARD, KERNEL, LINK, ROUTE, Action, HostError, Plan, Step
+from ngrokd.host.planning import link_mtu, missing_for_ipv6, plan_run
 from ngrokd.names.twins import Twins
 from ngrokd.relay.transport import Transport, connect_tcp
 from tun import Device, DeviceError, open_device
 
 log = logging.getLogger("ngrokd.machine")
 
-# Offload makes the MTU irrelevant for speed; without it every packet costs a system call, and the largest is best.
-MTU_WITH_OFFLOAD: Final = 1500
-MTU_WITHOUT_OFFLOAD: Final = 65535
-IPV6_LEAST_MTU: Final = 1280  # RFC 8200 5; the kernel takes IPv6 away from a smaller link
 # What others changed and could not be restored is tried again this often, whether or not the kernel reports something.
 PUT_BACK_AGAIN_S: Final = 5.0
 
@@ -110,10 +105,10 @@ class LinuxMachine:
         """
         net = settings.net
         linux.check_rights(configure=net.configure)
-        self._claim = _claim_interface(net.interface)
+        self._claim = claim_interface(net.interface)
         try:
-            self._mtu = net.mtu or (MTU_WITH_OFFLOAD if net.offload else MTU_WITHOUT_OFFLOAD)
-            missing = _missing_for_ipv6(self._mtu) if twins is not None else ""
+            self._mtu = link_mtu(settings, "linux")
+            missing = missing_for_ipv6(self._mtu) if twins is not None else ""
             if missing:
                 log.info("names get no IPv6 addresses: %s", missing)
             subnet6 = twins.subnet6 if twins is not None and not missing else None
@@ -144,16 +139,8 @@ class LinuxMachine:
         return self._device
 
     def _make_plan(self, settings: Settings, subnet6: IPv6Network | None) -> Plan:
-        net = settings.net
-        return linux_plan(
-            net.interface,
-            IPv4Network(net.subnet),
-            self._mtu,
-            subnet6=subnet6,
-            offload=net.offload,
-            hosts_path="",  # names/hosts.py knows what goes in there, and discovery when
-            configure=net.configure,
-        )
+        # The rest of the plan is for others: state_lock, the sockets, and names/hosts.py with discovery.
+        return plan_run(settings, "linux", subnet6=subnet6).steps.only(*KERNEL)
 
     def _open(self, step: Step) -> bool:
         try:
@@ -260,53 +247,5 @@ class LinuxMachine:
         return restored
 
 
-def _missing_for_ipv6(mtu: int) -> str:
-    """Why a new link of this machine cannot have IPv6 addresses, or ""."""
-    if mtu < IPV6_LEAST_MTU:
-        return f"net.mtu is {mtu}, and IPv6 needs {IPV6_LEAST_MTU}"
-    for name in ("all", "default"):
-        try:
-            with open(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6", encoding="ascii") as file:
-                if file.read().strip() != "0":
-                    return f"net.ipv6.conf.{name}.disable_ipv6 is set"
-        except FileNotFoundError:
-            return "this kernel has no IPv6"
-        except OSError:
-            pass  # it will be seen when the kernel refuses
-    return ""
-
-
 async def _watch(plan: Plan, on_addresses: Callable[[frozenset[bytes]], None], on_ours: Callable[[], None]) -> None:
     await linux.watch(plan, on_addresses=on_addresses, on_ours=on_ours, on_foreign=on_ours)
-
-
-def _claim_interface(interface: str) -> socket.socket:
-    """Hold the name of an interface for this process, as long as the socket is open. Raises TakenError.
-
-    An abstract socket lives in the network namespace, as the interface does, and leaves nothing behind (unix(7)).
-    """
-    claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    name = f"\0ngrokd/{interface}"
-    try:
-        claim.bind(name)
-        claim.listen(1)
-    except OSError as error:
-        claim.close()
-        if error.errno != errno.EADDRINUSE:
-            raise
-        raise TakenError(
-            f"interface {interface} belongs to another ngrokd{_holder(name)}",
-            remedy="stop it, or give this one an interface, subnet, state directory, socket and http port of its own",
-        ) from None
-    return claim
-
-
-def _holder(name: str) -> str:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.settimeout(1.0)
-            probe.connect(name)
-            pid = struct.unpack("3i", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
-        except OSError:
-            return ""
-    return f", process {pid}" if pid and pid != os.getpid() else ""

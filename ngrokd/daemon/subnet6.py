@@ -10,17 +10,14 @@ import logging
 import os
 import secrets
 from ipaddress import IPv4Network, IPv6Network
-from typing import Final
 
 from ngrokd import files
 from ngrokd.config import Settings
 from ngrokd.errors import ConfigError, StateError
+from ngrokd.host.planning import SUBNET6, read_subnet6
 from ngrokd.names.twins import Twins
 
 log = logging.getLogger("ngrokd.daemon")
-
-SUBNET6: Final = "subnet6"
-_LOCAL: Final = IPv6Network("fd00::/8")
 
 
 def choose_twins(settings: Settings) -> Twins | None:
@@ -38,10 +35,7 @@ def choose_twins(settings: Settings) -> Twins | None:
 def _own(directory: str) -> IPv6Network:
     path = os.path.join(directory, SUBNET6)
     try:
-        network = IPv6Network(files.read_limited(path, 100).decode("ascii").strip())
-        if network.prefixlen == 64 and network.subnet_of(_LOCAL):
-            return network
-        log.warning("%s holds %s, which is no local /64; it is made anew", path, network)
+        return read_subnet6(path)
     except FileNotFoundError:
         pass
     except (StateError, ValueError) as error:

@@ -236,6 +236,12 @@ def _check_interface(ipr: IPRoute, interface: str) -> None:
         time.sleep(0.02)
 
 
+def other_subnet(subnet: Network) -> str:
+    """What to do when a subnet is taken, with one that is free."""
+    with _iproute() as ipr:
+        return _other_subnet(subnet, _facts(ipr))
+
+
 def _other_subnet(subnet: Network, facts: Facts) -> str:
     free = propose_subnet(subnet, facts.networks()) if isinstance(subnet, IPv4Network) else None
     if subnet.version == 6:
@@ -377,6 +383,46 @@ def _listed(words: list[str]) -> str:
     return ", ".join(words[:3]) + (f" and {len(words) - 3} more" if len(words) > 3 else "")
 
 
+def in_force(plan: Plan) -> Plan:
+    """The part of the plan that holds on this machine now, whoever made it so. Needs no rights.
+
+    A device counts while its link exists; steps that are not the kernel's are left out.
+    """
+    with _iproute() as ipr:
+        facts = _facts(ipr)
+        link = _link(ipr, plan.interface) if plan.interface else None
+    return Plan(tuple(step for step in plan if step.kind in plans.KERNEL and _holds(step, facts, link)))
+
+
+def _holds(step: Step, facts: Facts, link: Any) -> bool:
+    if step.kind == GUARD:
+        subnet, metric = ip_network(step.text("subnet")), step.number("metric")
+        guards = (r for r in facts.routes if r.type == TYPE_UNREACHABLE and r.metric == metric)
+        return any(route.destination == subnet for route in guards)
+    index = next((link.index for link in facts.links.values() if link.name == step.text("interface")), None)
+    if index is None:
+        return False
+    if step.kind == ADDRESS:
+        address = ip_interface(step.text("address"))
+        mine = (one for one in facts.addresses if one.index == index and one.address == address.ip)
+        return any(one.prefix_length == address.network.prefixlen for one in mine)
+    if step.kind == ROUTE:
+        subnet = ip_network(step.text("subnet"))
+        return any(r.destination == subnet and r.index == index and r.table == TABLE_MAIN for r in facts.routes)
+    if step.kind == LINK:
+        return bool(link) and bool(link["flags"] & _IFF_UP) and not _wrong_attributes(link, step)
+    return True
+
+
+def orphaned_guards() -> list[Network]:
+    """The subnets of guard routes that no link routes any more: what killed daemons of other subnets left."""
+    with _iproute() as ipr:
+        facts = _facts(ipr)
+    routed = {route.destination for route in facts.routes if route.index and route.type != TYPE_UNREACHABLE}
+    guards = [r for r in facts.routes if r.type == TYPE_UNREACHABLE and r.metric == plans.GUARD_METRIC]
+    return [guard.destination for guard in guards if guard.destination not in routed]
+
+
 # --- doing, undoing, restoring ---
 
 
@@ -457,8 +503,7 @@ def _set_link(ipr: IPRoute, step: Step) -> bool:
     link = _our_link(ipr, step)
     changed = False
     with _refusals(step):
-        wanted = {"IFLA_MTU": step.number("mtu"), "IFLA_TXQLEN": step.number("txqueuelen")}
-        wrong = {name: value for name, value in wanted.items() if _attribute(link, name, None) != value}
+        wrong = _wrong_attributes(link, step)
         mode = _addr_gen_mode(link)
         if mode not in (None, _ADDR_GEN_NONE):  # None: this kernel, or this link, has no IPv6
             modes = {"attrs": [["AF_INET6", {"attrs": [["IFLA_INET6_ADDR_GEN_MODE", _ADDR_GEN_NONE]]}]]}
@@ -471,6 +516,11 @@ def _set_link(ipr: IPRoute, step: Step) -> bool:
             ipr.link("set", index=link["index"], state="up")
             changed = True
     return changed
+
+
+def _wrong_attributes(link: Any, step: Step) -> dict[str, int]:
+    wanted = {"IFLA_MTU": step.number("mtu"), "IFLA_TXQLEN": step.number("txqueuelen")}
+    return {name: value for name, value in wanted.items() if _attribute(link, name, None) != value}
 
 
 def _add_address(ipr: IPRoute, step: Step) -> bool:

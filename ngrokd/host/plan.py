@@ -39,12 +39,16 @@ GUARD_METRIC: Final = 4278198272
 TXQUEUELEN: Final = 5000  # packets; the kernel's 500 for a TUN drops bursts of a single bulk flow
 DEFAULT_INTERFACE: Final = "ngrokd0"
 
+STATE: Final = "state"
 GUARD: Final = "guard"
 DEVICE: Final = "device"
 LINK: Final = "link"
 ADDRESS: Final = "address"
 ROUTE: Final = "route"
+CONTROL: Final = "control"
+HTTP: Final = "http"
 HOSTS: Final = "hosts"
+KERNEL: Final = (GUARD, DEVICE, LINK, ADDRESS, ROUTE)  # what is done to the network; the rest are files and sockets
 
 
 class HostError(NgrokdError):
@@ -174,6 +178,9 @@ def linux_plan(
     txqueuelen: int = TXQUEUELEN,
     hosts_path: str = "/etc/hosts",
     configure: bool = True,
+    state_directory: str = "",
+    control_socket: str = "",
+    http_listen: str = "",
 ) -> Plan:
     """What a run changes on Linux.
 
@@ -187,6 +194,9 @@ def linux_plan(
         txqueuelen: of the link, packets.
         hosts_path: the hosts file, "" for none.
         configure: False leaves link, addresses and routes to the administrator.
+        state_directory: where the daemon keeps its state and a lock, "" for none.
+        control_socket: where it is asked, "" for none.
+        http_listen: ADDRESS:PORT of the health checks, "" for none.
     """
     subnets: list[Network] = [subnet] if subnet6 is None else [subnet, subnet6]
     steps = [_device(interface, offload)]
@@ -198,9 +208,49 @@ def linux_plan(
             *(_address(interface, network) for network in subnets),
             *(_route(interface, network) for network in subnets),
         ]
+    return Plan((*_before(state_directory), *steps, *_after(control_socket, http_listen, hosts_path, interface)))
+
+
+def _before(state_directory: str) -> Iterator[Step]:
+    if state_directory:
+        yield state(state_directory)
+
+
+def _after(control_socket: str, http_listen: str, hosts_path: str, interface: str) -> Iterator[Step]:
+    if control_socket:
+        yield control(control_socket)
+    if http_listen:
+        yield http(http_listen)
     if hosts_path:
-        steps.append(_hosts(hosts_path, interface))
-    return Plan(tuple(steps))
+        yield names(hosts_path, interface)
+
+
+def state(directory: str) -> Step:
+    """The state directory and the lock in it."""
+    path, lock = shlex.quote(directory), f"{directory.rstrip('/')}/lock"
+    return Step(
+        STATE,
+        (("directory", directory),),
+        "operator, certificate and the addresses of all names are kept here; a lock in it keeps a second daemon away",
+        (f"mkdir -p -m 700 {path}", f"# {lock}: held as long as the daemon lives"),
+        (f"rm -f {shlex.quote(lock)}  # the directory is kept",),
+    )
+
+
+def control(path: str) -> Step:
+    """The control socket."""
+    return Step(
+        CONTROL,
+        (("path", path),),
+        "the commands (ngrokd status, list, ...) ask the daemon here",
+        (f"# {path}: a Unix socket, mode 0660",),
+        (f"rm -f {shlex.quote(path)}",),
+    )
+
+
+def http(listen: str) -> Step:
+    """The port for health checks."""
+    return Step(HTTP, (("listen", listen),), "health checks over HTTP", (f"# {listen}: a TCP listener",))
 
 
 def gateway(network: Network) -> IPAddress:
@@ -273,7 +323,15 @@ def _route(interface: str, network: Network) -> Step:
     )
 
 
-def _hosts(path: str, interface: str) -> Step:
+def names(path: str, interface: str, *, sed: str = "sed -i", after: tuple[str, ...] = ()) -> Step:
+    """The section of the hosts file.
+
+    Args:
+        path: the hosts file.
+        interface: whose section it is.
+        sed: how sed edits a file in place here.
+        after: commands that follow each change.
+    """
     suffix = "" if interface == DEFAULT_INTERFACE else f" ({interface})"
     begin, end = (f"# {word} ngrokd managed section{suffix}" for word in ("BEGIN", "END"))
     script = f"/^{_sed(begin)}$/,/^{_sed(end)}$/d"
@@ -281,8 +339,8 @@ def _hosts(path: str, interface: str) -> Step:
         HOSTS,
         (("path", path), ("interface", interface)),
         "the endpoints' names, in a section of the hosts file; every other byte of it stays",
-        (f'# {path}: lines ADDRESS<TAB>NAME between "{begin}" and "{end}"',),
-        (f"sed -i {shlex.quote(script)} {shlex.quote(path)}",),
+        (f'# {path}: lines ADDRESS<TAB>NAME between "{begin}" and "{end}"', *after),
+        (f"{sed} {shlex.quote(script)} {shlex.quote(path)}", *after),
     )
 
 

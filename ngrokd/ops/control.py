@@ -6,6 +6,10 @@ A client sends one JSON object and is answered with one line of JSON, then the c
 end of the object but its own last bracket, since clients of the Go daemon send no newline and do not half-close; so a
 `JsonScanner` looks at every byte as it comes and knows when the object is whole, or can no longer become one.
 
+A command may also answer for as long as the client stays: after the line that says it worked come further lines of
+JSON. Such a client leaves by closing or half-closing. It costs a task, and so these are counted apart from those that
+only ask; one that does not take what is sent to it within WRITE_S is let go, and nobody else notices.
+
 Whoever can connect may be hostile: sizes, depth, time and the number of connections are bounded, per user as well,
 and each request is judged by the credentials that the kernel vouches for, not by the mode of the file alone. The
 group may look; only root and the daemon's own user may change things.
@@ -28,7 +32,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, ClassVar, Final, Self
+from typing import Any, ClassVar, Final, Self, TypeAlias
 
 import trio
 
@@ -47,6 +51,8 @@ READ_S: Final = 5.0  # for the whole request
 WRITE_S: Final = 5.0  # for the whole answer
 CONNECTIONS: Final = 64
 CONNECTIONS_PER_USER: Final = 8
+STREAMS: Final = 32
+STREAMS_PER_USER: Final = 16
 DEPTH: Final = 32
 BACKLOG: Final = 128
 MODE: Final = 0o660
@@ -76,11 +82,33 @@ class Command:
     Attributes:
         handler: gets the arguments and who asks; returns what JSON can show (what may be long as an iterator), or
             raises NgrokdError. It is not interrupted when the client leaves.
-        changes: only root and the daemon's own user may give it.
+        changes: only root and the daemon's own user may give it, unless `for_group`.
+        for_group: members of the group may give it, although it changes something.
     """
 
     handler: Callable[[list[str], Peer], Awaitable[object]]
     changes: bool = False
+    for_group: bool = False
+
+
+Send: TypeAlias = Callable[[bytes], Awaitable[None]]
+Start: TypeAlias = Callable[[object], Awaitable[Send]]
+
+
+@dataclass(frozen=True, slots=True)
+class Streaming:
+    """A command whose answer goes on.
+
+    Attributes:
+        handler: gets the arguments, who asks, and `start`. It calls `start(data)` once, which sends the line that says
+            that it worked, and gets what sends further lines (whole ones, with their ends). NgrokdError before that is
+            an ordinary failure, afterwards a last line with `error`. It is cancelled when the client leaves.
+        changes, for_group: see Command.
+    """
+
+    handler: Callable[[list[str], Peer, Start], Awaitable[None]]
+    changes: bool = False
+    for_group: bool = False
 
 
 # One request
@@ -229,6 +257,32 @@ def encode_answer(answer: Mapping[str, object]) -> Iterator[bytes]:
 # The server
 
 
+class _Places:
+    """So many may be inside at a time, and so many of one user. Invariant: who is inside is counted once."""
+
+    def __init__(self, most: int, per_user: int) -> None:
+        self._most = most
+        self._per_user = per_user
+        self._taken = 0
+        self._by_user: Counter[int] = Counter()
+
+    @contextmanager
+    def take(self, uid: int) -> Iterator[bool]:
+        """One of the places, while inside; False when there is none left."""
+        if self._taken >= self._most or self._by_user[uid] >= self._per_user:
+            yield False
+            return
+        self._taken += 1
+        self._by_user[uid] += 1
+        try:
+            yield True
+        finally:
+            self._taken -= 1
+            self._by_user[uid] -= 1
+            if not self._by_user[uid]:
+                del self._by_user[uid]
+
+
 class ControlServer:
     """Answers requests, one per connection.
 
@@ -236,13 +290,15 @@ class ControlServer:
     for tests.
     """
 
-    def __init__(self, commands: Mapping[str, Command], *, own_uid: int | None = None, strict: bool = False) -> None:
+    def __init__(
+        self, commands: Mapping[str, Command | Streaming], *, own_uid: int | None = None, strict: bool = False
+    ) -> None:
         self._commands = dict(commands)
         self._own_uid = os.geteuid() if own_uid is None else own_uid
         self._strict = strict
-        self._connections = 0
-        self._by_user: Counter[int] = Counter()
-        self.counters = Counters(("requests", "refused", "failed", "malformed", "turned_away"))
+        self._asking = _Places(CONNECTIONS, CONNECTIONS_PER_USER)
+        self._listening = _Places(STREAMS, STREAMS_PER_USER)
+        self.counters = Counters(("requests", "refused", "failed", "malformed", "turned_away", "too_slow"))
 
     async def serve(
         self, control: ControlSocket, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -277,34 +333,82 @@ class ControlServer:
             await trio.aclose_forcefully(stream)
 
     async def _converse(self, stream: trio.abc.Stream, peer: Peer, gid: int | None) -> None:
-        with self._place(peer) as has_place:
-            if has_place:
-                answer = await self._answer(stream, peer, gid)
-            else:
-                self.counters.add("turned_away")
-                answer = failure("too many connections", Exit.TEMPORARY, "try again in some seconds")
-            if answer is not None:
-                with trio.move_on_after(WRITE_S):
-                    for piece in encode_answer(answer):
-                        await stream.send_all(piece)
+        with self._asking.take(peer.uid) as has_place:
+            if not has_place:
+                await self._turn_away(stream)
+                return
+            answer = await self._answer(stream, peer, gid)
+            if answer is None:
+                return
+            if not isinstance(answer, _Subscription):
+                await _send_answer(stream, answer)
+                return
+        with self._listening.take(peer.uid) as has_place:
+            if not has_place:
+                await self._turn_away(stream)
+                return
+            await self._keep_telling(stream, peer, answer)
 
-    @contextmanager
-    def _place(self, peer: Peer) -> Iterator[bool]:
-        """One of the places, while inside; False when there is none left."""
-        if self._connections >= CONNECTIONS or self._by_user[peer.uid] >= CONNECTIONS_PER_USER:
-            yield False
-            return
-        self._connections += 1
-        self._by_user[peer.uid] += 1
+    async def _turn_away(self, stream: trio.abc.Stream) -> None:
+        self.counters.add("turned_away")
+        await _send_answer(stream, failure("too many connections", Exit.TEMPORARY, "try again in some seconds"))
+
+    async def _keep_telling(self, stream: trio.abc.Stream, peer: Peer, subscription: _Subscription) -> None:
+        """Carry out a streaming command until it is over or the client leaves."""
+
+        async def listen() -> None:
+            # Whatever else it says is not for us.
+            with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                while await stream.receive_some(4096):
+                    pass
+            nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:  # the command's errors are handled within
+            nursery.start_soon(listen)
+            await self._tell(stream, peer, subscription)
+            nursery.cancel_scope.cancel()
+
+    async def _tell(self, stream: trio.abc.Stream, peer: Peer, subscription: _Subscription) -> None:
+        started = False
+
+        async def send(data: bytes) -> None:
+            with trio.fail_after(WRITE_S):
+                await stream.send_all(data)
+
+        async def start(data: object) -> Send:
+            nonlocal started
+            started = True
+            for piece in encode_answer(success(data)):
+                await send(piece)
+            return send
+
         try:
-            yield True
-        finally:
-            self._connections -= 1
-            self._by_user[peer.uid] -= 1
-            if not self._by_user[peer.uid]:
-                del self._by_user[peer.uid]
+            await subscription.command.handler(subscription.arguments, peer, start)
+            return
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return
+        except trio.TooSlowError:
+            self.counters.add("too_slow")
+            log.warning("control socket: %s for %s was ended: it does not read", subscription.name, peer)
+            return
+        except NgrokdError as error:
+            answer = failure_of(error)
+        except Exception as error:
+            if self._strict:
+                raise
+            log.exception("control socket: %s failed", subscription.name)
+            answer = failure(
+                f"internal error: {type(error).__name__}", Exit.INTERNAL, "the log of the daemon says more"
+            )
+        self.counters.add("failed")
+        if started:
+            answer = {"error": {name: answer[name] for name in ("code", "message", "hint") if name in answer}}
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            await _send_answer(stream, answer)
 
-    async def _answer(self, stream: trio.abc.Stream, peer: Peer, gid: int | None) -> dict[str, object] | None:
+    async def _answer(
+        self, stream: trio.abc.Stream, peer: Peer, gid: int | None
+    ) -> dict[str, object] | _Subscription | None:
         """The answer, or None for a client that left without a word."""
         try:
             data = await self._receive(stream)
@@ -331,7 +435,9 @@ class ControlServer:
                     return scanner.data
         raise BadRequest(f"not whole after {READ_S:g} s")
 
-    async def _carry_out(self, name: str, arguments: list[str], peer: Peer, gid: int | None) -> dict[str, object]:
+    async def _carry_out(
+        self, name: str, arguments: list[str], peer: Peer, gid: int | None
+    ) -> dict[str, object] | _Subscription:
         command = self._commands.get(name)
         if command is None:
             return failure(f"unknown command: {printable(name)}", Exit.USAGE)
@@ -342,6 +448,8 @@ class ControlServer:
             return refusal
         if command.changes:
             log.info("control socket: %s by %s", name, peer)
+        if isinstance(command, Streaming):
+            return _Subscription(name, command, arguments)
         try:
             return success(await command.handler(arguments, peer))
         except NgrokdError as error:
@@ -355,11 +463,26 @@ class ControlServer:
             return failure(f"internal error: {type(error).__name__}", Exit.INTERNAL, "the log of the daemon says more")
 
 
-def refuse(peer: Peer, command: Command, own_uid: int, gid: int | None) -> dict[str, object] | None:
+@dataclass(frozen=True, slots=True)
+class _Subscription:
+    """A streaming command that was asked for by somebody who may."""
+
+    name: str
+    command: Streaming
+    arguments: list[str]
+
+
+async def _send_answer(stream: trio.abc.Stream, answer: Mapping[str, object]) -> None:
+    with trio.move_on_after(WRITE_S):
+        for piece in encode_answer(answer):
+            await stream.send_all(piece)
+
+
+def refuse(peer: Peer, command: Command | Streaming, own_uid: int, gid: int | None) -> dict[str, object] | None:
     """The answer to somebody who may not give this command; None: he may."""
     if peer.uid in (0, own_uid):
         return None
-    if command.changes:
+    if command.changes and not command.for_group:
         return failure("permission denied: only root may do this", Exit.NOT_PERMITTED, "give the command with sudo")
     if gid is not None and (peer.gid == gid or gid in peer.groups):
         return None
@@ -446,7 +569,7 @@ def _remove_stale(path: str) -> None:
             f"{path} is not a socket, so it is not replaced by the control socket",
             remedy="move it away, or set control.socket to another path",
         )
-    owner = _probe(path)
+    owner = socket_owner(path)
     if owner is not None:
         raise _taken(path, owner)
     try:
@@ -457,8 +580,8 @@ def _remove_stale(path: str) -> None:
         raise SocketError(f"cannot remove the dead socket {path}: {error.strerror}") from error
 
 
-def _probe(path: str) -> str | None:
-    """Who answers on the socket at this path; None when nobody does."""
+def socket_owner(path: str) -> str | None:
+    """Who answers on the socket at this path, in words; None when nobody does. Raises PermissionMissingError."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(_PROBE_S)
         try:
