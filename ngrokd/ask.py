@@ -7,11 +7,14 @@ answer without our own fields is understood as well.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from types import TracebackType
+from typing import Any, ClassVar, Final, Self
 
 from ngrokd.errors import Exit, NgrokdError, NotRunningError, PermissionMissingError
 
@@ -76,13 +79,134 @@ def ask(path: str, command: str, arguments: tuple[str, ...] = (), *, timeout_s: 
             _connect(connection, path)
             reply = _exchange(connection, json.dumps(request).encode(), deadline)
         except TimeoutError:
-            raise NoAnswerError(
-                f"the daemon at {path} does not answer within {timeout_s:g} s",
-                remedy="look at its log; kill it and start it again if it hangs",
-            ) from None
+            raise _no_answer(path, timeout_s) from None
         except OSError as error:
-            raise NoAnswerError(f"the daemon at {path} broke off: {error.strerror or error}") from error
+            raise _broke_off(path, error) from error
     return _judge(reply, path)
+
+
+def _no_answer(path: str, timeout_s: float) -> NoAnswerError:
+    return NoAnswerError(
+        f"the daemon at {path} does not answer within {timeout_s:g} s",
+        remedy="look at its log; kill it and start it again if it hangs",
+    )
+
+
+def _broke_off(path: str, error: OSError) -> NoAnswerError:
+    return NoAnswerError(f"the daemon at {path} broke off: {error.strerror or error}")
+
+
+class Subscription:
+    """An answer that goes on: `data` of its first line, and then one value for each further line.
+
+    A context manager; leaving it tells the daemon that nobody listens any more. Those that wait for other things as well
+    wait for `fileno` unless `has_line`, and then take what `ready` gives.
+
+    Attributes:
+        data: what the daemon returned first, decoded from JSON.
+    """
+
+    def __init__(self, path: str, command: str, arguments: tuple[str, ...] = (), *, timeout_s: float = TIMEOUT_S):
+        """Give the daemon a command that goes on. Raises as `ask`; `timeout_s` is for the first line."""
+        self._path = path
+        self._rest = bytearray()
+        self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        request = {"command": command, "args": list(arguments)}
+        deadline = time.monotonic() + timeout_s
+        try:
+            self._connection.settimeout(timeout_s)
+            _connect(self._connection, path)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self._connection.sendall(json.dumps(request).encode())
+            self.data = _judge(self._first_line(deadline), path).data
+            self._connection.settimeout(None)
+        except TimeoutError:
+            self.close()
+            raise _no_answer(path, timeout_s) from None
+        except OSError as error:
+            self.close()
+            raise _broke_off(path, error) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _first_line(self, deadline: float) -> bytes:
+        while b"\n" not in self._rest:
+            self._connection.settimeout(_remaining(deadline))
+            if not self._receive():
+                return bytes(self._rest)
+        return self._take_line() or b""
+
+    def _receive(self) -> bool:
+        piece = self._connection.recv(1 << 18)
+        self._rest += piece
+        if len(self._rest) > ANSWER_BYTES:
+            raise NoAnswerError(f"a line of the answer is longer than {ANSWER_BYTES >> 20} MiB")
+        return bool(piece)
+
+    def _take_line(self) -> bytes | None:
+        end = self._rest.find(b"\n")
+        if end < 0:
+            return None
+        line = bytes(self._rest[:end])
+        del self._rest[: end + 1]
+        return line
+
+    def fileno(self) -> int:
+        """The descriptor to wait on, for reading."""
+        return self._connection.fileno()
+
+    @property
+    def has_line(self) -> bool:
+        """A whole line has come already."""
+        return b"\n" in self._rest
+
+    def ready(self) -> Iterator[Any]:
+        """The lines that have come by now, perhaps none; waits only while no byte has.
+
+        Raises NoAnswerError when the daemon has ended the answer.
+        """
+        try:
+            if not self.has_line and not self._receive():
+                raise NoAnswerError(f"the daemon at {self._path} has ended")
+        except OSError as error:
+            raise _broke_off(self._path, error) from error
+        while (line := self._take_line()) is not None:
+            yield _decode(line, self._path)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Each further line, until the daemon ends the answer. Raises RemoteError when that ends with an error."""
+        while True:
+            while (line := self._take_line()) is not None:
+                yield _decode(line, self._path)
+            try:
+                if not self._receive():
+                    return
+            except OSError as error:
+                raise _broke_off(self._path, error) from error
+
+    def close(self) -> None:
+        """Stop listening. Idempotent."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _decode(line: bytes, path: str) -> Any:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        raise NoAnswerError(f"what answers at {path} sends lines that make no sense") from None
+    error = value.get("error") if isinstance(value, dict) else None
+    if isinstance(error, dict):
+        raise _remote_error(error.get("message"), error.get("hint"), error.get("code"))
+    return value
 
 
 def _connect(connection: socket.socket, path: str) -> None:
@@ -138,8 +262,11 @@ def _judge(reply: bytes, path: str) -> Answer:
     message = answer.get("message")
     if answer["success"]:
         return Answer(answer.get("data"), message if isinstance(message, str) else "")
-    error, hint, code = answer.get("error"), answer.get("hint"), answer.get("code")
-    raise RemoteError(
+    raise _remote_error(answer.get("error"), answer.get("hint"), answer.get("code"))
+
+
+def _remote_error(error: object, hint: object, code: object) -> RemoteError:
+    return RemoteError(
         error if isinstance(error, str) and error else "the daemon failed and did not say why",
         code=code if isinstance(code, int) and 0 < code < 256 else int(Exit.NO),
         remedy=hint if isinstance(hint, str) else "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from ngrokd import ask as module
-from ngrokd.ask import NoAnswerError, RemoteError, ask
+from ngrokd.ask import NoAnswerError, RemoteError, Subscription, ask
 from ngrokd.config import Settings
 from ngrokd.errors import Exit, NotRunningError, PermissionMissingError
 
@@ -201,3 +202,69 @@ def test_asking_imports_no_more_than_it_needs() -> None:
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=os.getcwd())
 
     assert not unwanted & set(loaded.stdout.split())
+
+
+# Answers that go on
+
+STARTED = b'{"success":true,"data":{"from":3},"code":0}\n'
+
+
+def test_lines_follow_the_first(path: str, listen: Callable[..., Listener]) -> None:
+    """Cut anywhere; the end of the answer is the end."""
+    listen(STARTED + b'{"n":', b"1}\n{", b'"n":2}\n')
+
+    with Subscription(path, "events", ("3",)) as subscription:
+        lines = list(subscription)
+
+    assert subscription.data == {"from": 3}
+    assert lines == [{"n": 1}, {"n": 2}]
+
+
+def test_a_subscription_that_is_refused_is_refused_as_any_command(path: str, listen: Callable[..., Listener]) -> None:
+    listen(b'{"success":false,"error":"permission denied","code":77}\n')
+
+    with pytest.raises(RemoteError, match="permission denied") as caught:
+        Subscription(path, "capture")
+
+    assert caught.value.code == Exit.NOT_PERMITTED
+
+
+def test_a_last_line_with_an_error_is_raised(path: str, listen: Callable[..., Listener]) -> None:
+    listen(STARTED + b'{"n":1}\n{"error":{"code":75,"message":"too late","hint":"hurry"}}\n')
+
+    with Subscription(path, "events") as subscription:
+        lines = iter(subscription)
+        assert next(lines) == {"n": 1}
+        with pytest.raises(RemoteError, match="too late") as caught:
+            next(lines)
+
+    assert (caught.value.code, caught.value.remedy) == (75, "hurry")
+
+
+@pytest.mark.parametrize("piece", [b"nonsense\n", b"[" * 5000 + b"\n"], ids=["text", "deep"])
+def test_a_line_that_is_no_json_is_one_error(path: str, listen: Callable[..., Listener], piece: bytes) -> None:
+    listen(STARTED + piece)
+
+    with Subscription(path, "events") as subscription, pytest.raises(NoAnswerError):
+        list(subscription)
+
+
+def test_nobody_there_is_the_same_error_as_ever(path: str) -> None:
+    with pytest.raises(NotRunningError):
+        Subscription(path, "events")
+
+
+def test_one_who_waits_for_other_things_too_takes_what_has_come(path: str, listen: Callable[..., Listener]) -> None:
+    listen(STARTED + b'{"n":1}\n{"n":2}\n{"n"')
+
+    lines: list[object] = []
+    with Subscription(path, "top") as subscription:
+        while len(lines) < 2:
+            if not subscription.has_line:
+                assert select.select([subscription], [], [], 5)[0]
+            lines += subscription.ready()
+        with pytest.raises(NoAnswerError, match="has ended"):
+            while True:
+                list(subscription.ready())
+
+    assert lines == [{"n": 1}, {"n": 2}]
