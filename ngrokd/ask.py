@@ -99,7 +99,7 @@ def _broke_off(path: str, error: OSError) -> NoAnswerError:
 class Subscription:
     """An answer that goes on: `data` of its first line, and then one value for each further line.
 
-    A context manager; leaving it tells the daemon that nobody listens any more. Those that wait for other things as well
+    A context manager; leaving it tells the daemon that nobody listens any more. Those who wait for other things as well
     wait for `fileno` unless `has_line`, and then take what `ready` gives.
 
     Attributes:
