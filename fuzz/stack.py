@@ -649,7 +649,7 @@ class World:
     def flush(self, flow: Flow) -> None:
         owner = flow.owner
         if owner is None:
-            assert flow.failure in ("cancelled", "refused")
+            assert flow.failure in ("cancelled", "put off", "refused")
             assert self.stack.flush(flow, self.refuse_write, self.now)
             return
         assert isinstance(owner, Owner)
@@ -679,7 +679,7 @@ class World:
         settings = self.settings
         owner.emitted += 1
         assert not owner.reset_sent, "output after RST"
-        assert flow.failure not in ("reset", "cancelled", "refused"), f"output after {flow.failure}"
+        assert flow.failure not in ("reset", "cancelled", "put off", "refused"), f"output after {flow.failure}"
         total = len(header) + len(payload)
         assert total <= 65535
         at = self.family.header
@@ -809,11 +809,11 @@ class World:
         assert stack.undecided_count == undecided <= settings.undecided
         assert stack.half_open_count == half_open <= settings.half_open
         assert stack.flow_count <= settings.max_flows
-        assert stack.opened == (undecided + stack.accepted + stack.refused + stack.cancelled + self.aborted_requests), (
-            "requests went missing"
-        )
+        assert stack.opened == (
+            undecided + stack.accepted + stack.refused + stack.cancelled + stack.put_off + self.aborted_requests
+        ), "requests went missing"
         table = stack._table
-        assert sum(table.foreign.values()) <= undecided
+        assert sum(table.others.by_source.values()) <= undecided
         assert sum(table.foreign_half_open.values()) <= half_open
         assert sum(stack.drops.values()) <= stack.packets
         reassembler = stack._reassembler
@@ -1104,7 +1104,7 @@ class World:
         assert stack.buffered_bytes == 0
         assert not stack._reassembler.datagrams
         assert stack._reassembler.bytes_held == 0
-        assert not stack._table.foreign
+        assert not stack._table.others.by_source
         assert not stack._table.foreign_half_open
         assert emitted <= len(self.owners) * 600, "too much said to nobody"
         assert not any(owner.flow.unacknowledged_bytes and owner.flow._send.pieces for owner in self.owners)

@@ -136,9 +136,10 @@ async def test_clients_are_served_during_a_flood_of_syns(netns: Callable[[], Nam
                 await there.inject(build_tcp(source, ENDPOINT, port, 80, seq=rng.getrandbits(32), flags=SYN, window=9))
             with trio.fail_after(3):
                 assert await there.exchange(b"still there?") == b"still there?"
-        assert there.stack.undecided_count <= 1024 * 2 // 3
+        assert there.stack.undecided_count <= 1024 * 2 // 3 // 8
         assert len(there.undecided) >= 1024 * 2 // 3 - 10
-        assert there.stack.drops["source_limit"] > 1000
+        assert there.stack.put_off > 500
+        assert there.stack.drops["first_try"] > 1000
 
         with trio.fail_after(10):
             await until(lambda: not there.stack.undecided_count)

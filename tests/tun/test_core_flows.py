@@ -42,31 +42,41 @@ def opened(stack: Stack, port: int, source: bytes = LOCAL, now: float = 1.0) -> 
 
 @pytest.mark.scenario("tcp_listen_backlog")
 def test_undecided_requests_are_bounded() -> None:
-    """Beyond the limit a SYN is dropped, not refused: its app tries again."""
-    stack = new_stack(tuned(undecided=10))
-    for port in range(1000, 1050):
+    """Beyond the limit a SYN is dropped, not refused: its app tries again, and gets a place when there is one."""
+    stack = new_stack(tuned(undecided=16))
+    for port in range(1000, 1016):
         send(stack, port, SYN)
+    assert (stack.undecided_count, stack.drops) == (16, {})
 
-    assert len(stack.take_requests()) == 10
-    assert stack.undecided_count == 10
-    assert stack.drops["undecided_limit"] == 40
+    for port in range(1016, 1050):
+        send(stack, port, SYN)
+    assert stack.drops == {"first_try": 34}
+    assert stack.undecided_count == 2
+    for port in range(1000, 1050):
+        send(stack, port, SYN, now=2.0)
+
+    assert stack.undecided_count == 16
+    assert stack.drops == {"first_try": 34, "duplicate_syn": 2, "undecided_limit": 34}
     assert stack.take_replies() == []
 
 
 def test_foreign_source_gets_two_thirds_of_two_thirds() -> None:
-    """Containers cannot starve this host, and one of them not the next."""
+    """Containers cannot starve this host, and one of them not the next, however patient they are."""
     stack = new_stack(tuned(undecided=30))
-    for port in range(1000, 1050):
-        send(stack, port, SYN, FOREIGN)
-    assert len(stack.take_requests()) == 13
-    assert stack.drops["source_limit"] == 37
+    for now in (1.0, 2.0, 3.0):
+        for port in range(1000, 1050):
+            send(stack, port, SYN, FOREIGN, now=now)
+    assert stack.undecided_count == 13
+    assert stack.drops["source_limit"] > 37
 
+    for now in (3.0, 4.0):
+        for port in range(1000, 1005):
+            send(stack, port, SYN, OTHER, now=now)
     for port in range(1000, 1005):
-        send(stack, port, SYN, OTHER)
-    for port in range(1000, 1005):
-        send(stack, port, SYN, LOCAL)
+        send(stack, port, SYN, LOCAL, now=4.0)
 
-    assert len(stack.take_requests()) == 10
+    assert stack._table.others.by_source == {FOREIGN: 13, OTHER: 5}
+    assert len(stack._table.own.flows) == 5
 
 
 @pytest.mark.parametrize("end", ["refuse", "cancel", "accept", "abort"])
@@ -97,7 +107,7 @@ def test_counts_return_to_zero(end: str) -> None:
 
     table = stack._table
     assert (stack.undecided_count, stack.half_open_count) == (0, 0)
-    assert (table.foreign, table.foreign_half_open) == ({}, {})
+    assert (table.others.by_source, table.foreign_half_open) == ({}, {})
     assert stack.flow_count == (20 if end == "accept" else 0)
 
 
@@ -118,7 +128,7 @@ def test_silence_returns_the_counts_too() -> None:
     assert now == pytest.approx(32.0)
     assert (stack.undecided_count, stack.half_open_count, stack.flow_count) == (0, 0, 0)
     assert (stack.cancelled, stack.timeouts) == (5, 5)
-    assert stack._table.foreign == {}
+    assert stack._table.others.by_source == {}
     assert stack._table.foreign_half_open == {}
 
 
@@ -153,10 +163,24 @@ def test_too_many_flows_are_refused() -> None:
     assert len(stack.take_replies()) == 1
 
 
+def test_half_open_flows_give_way_after_a_second_when_there_are_many() -> None:
+    """Each holds a connection to the ingress, and the link's round trip is microseconds."""
+    stack = new_stack(tuned(half_open=80))
+    first = [opened(stack, port, OTHER, now=1.0) for port in range(1000, 1011)]
+    second = opened(stack, 2000, now=1.9)
+    assert not any(flow.failure for flow in first)
+    third = [opened(stack, 3000 + index, now=2.0) for index in range(20)]
+
+    assert [flow.failure for flow in first] == ["evicted"] * 11
+    assert not second.failure
+    assert not any(flow.failure for flow in third)
+    assert stack.half_open_count == 21
+
+
 @pytest.mark.rule(66)
 def test_time_wait_is_bounded_and_forgets_the_oldest() -> None:
     """100,000 short connections leave 16,384 small records."""
-    table = FlowTable()
+    table = FlowTable(1024)
     stack = new_stack()
     flow = opened(stack, 1000)
     for index in range(TIME_WAIT_LIMIT + 100):

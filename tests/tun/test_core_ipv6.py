@@ -452,7 +452,7 @@ def test_only_this_host_and_its_guests_may_connect(stack: Stack) -> None:
     give(stack, ip(source="2001:db9::5") / syn())
     assert stack.drops == {"source": 1}
     give(stack, ip(source="2001:db8::5") / syn())
-    give(stack, ip() / syn())
+    stack.handle_packet(bytes(ip() / syn()), 0, True, 1.0)
     assert [flow.local for flow in stack.take_requests()] == [False, True]
 
 

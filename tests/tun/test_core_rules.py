@@ -416,12 +416,12 @@ def test_a_repeated_syn_leaks_no_count() -> None:
         stack.handle_packet(packet, 0, True, 1.0 + step / 100)
     (flow,) = stack.take_requests()
     assert stack.undecided_count == 1
-    assert stack._table.foreign == {b"\xac\x11\0\x02": 1}
+    assert stack._table.others.by_source == {b"\xac\x11\0\x02": 1}
 
     stack.refuse(flow, 2.0)
 
     assert stack.undecided_count == 0
-    assert stack._table.foreign == {}
+    assert stack._table.others.by_source == {}
     assert stack.drops == {"duplicate_syn": 99}
 
 

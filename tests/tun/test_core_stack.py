@@ -91,7 +91,7 @@ def test_only_this_host_and_its_guests_may_connect(stack: Stack) -> None:
     give(stack, syn(b"\xc0\xa8\0\x05"))
     assert stack.drops == {"source": 1}
     give(stack, syn(b"\xac\x11\0\x05"))
-    give(stack, syn(APP))
+    give(stack, syn(APP), verified=True)
     assert [flow.local for flow in stack.take_requests()] == [False, True]
 
 

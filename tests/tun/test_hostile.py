@@ -16,6 +16,7 @@ from typing import NoReturn
 import pytest
 
 from tun.core.buffers import MAX_RANGES
+from tun.core.flows import TIME_WAIT_LIMIT, TimeWait
 from tun.core.fragments import MAX_BYTES, MAX_DATAGRAMS
 from tun.core.machine import LAST_RESORT
 from tun.core.stack import Flow, Stack, StackSettings, initial_numbers
@@ -161,7 +162,7 @@ def test_a_flood_of_syns_from_everywhere_leaves_room_for_this_host() -> None:
             wire.stack.handle_timeout(wire.now)
             wire.serve()
             assert wire.stack.undecided_count <= 1024
-            assert sum(wire.stack._table.foreign.values()) <= 1024 * 2 // 3
+            assert sum(wire.stack._table.others.by_source.values()) <= 1024 * 2 // 3
         if step % 5000 == 4999:
             wire.stack.take_requests()
             wire.connect(10000 + step)
@@ -172,22 +173,23 @@ def test_a_flood_of_syns_from_everywhere_leaves_room_for_this_host() -> None:
     assert resident() - before < 50 * 2**20
     wire.sleep(60.0)
     assert wire.stack.undecided_count == wire.stack.half_open_count == 0
-    assert wire.stack._table.foreign == {}
+    assert wire.stack._table.others.by_source == {}
     assert wire.stack.flow_count == 10
 
 
 def test_one_guest_leaves_room_for_the_others() -> None:
-    """What guests share, one of them has two thirds of at most."""
+    """What guests share, one of them has two thirds of at most, though each of its SYNs come again and again."""
     wire = Wire(tuned(undecided=900))
     one, other = b"\xac\x10\0\x01", b"\xac\x10\0\x02"
-    for port in range(1, 1000):
-        wire.flood(segment(port, 0, SYN, source=one))
-    for port in range(1, 101):
-        wire.give(segment(port, 0, SYN, source=other))
-
-    assert wire.stack._table.foreign == {one: 400, other: 100}
-    assert wire.stack.drops == {"source_limit": 599}
+    for _ in range(3):
+        for port in range(1, 1000):
+            wire.flood(segment(port, 0, SYN, source=one))
+        for port in range(1, 101):
+            wire.flood(segment(port, 0, SYN, source=other))
+        wire.now += 1.0
     wire.check()
+
+    assert wire.stack._table.others.by_source == {one: 400, other: 100}
 
 
 def test_half_open_flows_of_a_flood_push_out_each_other() -> None:
@@ -299,10 +301,13 @@ def test_a_drip_is_no_progress() -> None:
     assert wire.stack.buffered_bytes < 2 * 2**20
 
 
-def test_timewait_cannot_be_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timewait_cannot_be_filled() -> None:
     """1,500 connections that end at once, room for 1,000 records: no flow is left, and no byte."""
-    monkeypatch.setattr("tun.core.flows.TIME_WAIT_LIMIT", 1000)
     wire = Wire()
+    record = TimeWait(wire.connect(999), wire.now)
+    for index in range(TIME_WAIT_LIMIT - 1000):
+        wire.stack._table.hold(index.to_bytes(12, "big"), record)
+    wire.give(segment(999, 1, RST))
     for index in range(1500):
         source = struct.pack("!I", 0xAC100001 + index // 1000)
         flow = wire.connect(1000 + index % 1000, source)
@@ -311,7 +316,7 @@ def test_timewait_cannot_be_filled(monkeypatch: pytest.MonkeyPatch) -> None:
         wire.give(segment(1000 + index % 1000, 1, ACK | FIN, ack=flow.snd_nxt, source=source))
     wire.check()
 
-    assert wire.stack.time_wait_count == 1000
+    assert wire.stack.time_wait_count == TIME_WAIT_LIMIT
     assert (wire.stack.flow_count, wire.stack.buffered_bytes) == (0, 0)
 
 
@@ -753,7 +758,7 @@ def test_keys_of_flows_cannot_be_chosen_to_collide() -> None:
     assert all(type(key) is bytes for key in wire.stack.flows)
     source = b"\xac\x10\0\x01"
     wire.give(segment(1, 0, SYN, source=source))
-    assert all(type(key) is bytes for key in wire.stack._table.foreign)
+    assert all(type(key) is bytes for key in wire.stack._table.others.by_source)
 
 
 def test_any_mix_is_accounted_for() -> None:

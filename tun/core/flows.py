@@ -9,14 +9,15 @@ Its length is 10 s instead of 2 MSL: the network between the app and us is one q
 
 Requests that wait for a decision ("undecided") and flows whose handshake is not finished ("half-open") are what a SYN
 flood multiplies. Both are bounded. Of the undecided, all sources that are not this host together get at most two
-thirds, so that this host can always ask, and one of them at most two thirds of those; of the half-open, where the
-oldest gives way, one of them gets at most two thirds.
+thirds, so that this host can always ask, and one of them at most two thirds of those; who gets a place when they are
+scarce says `tun.core.admission`. Of the half-open, where the oldest gives way, one of them gets at most two thirds.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
+from tun.core.admission import Waiting
 from tun.core.machine import Flow
 from tun.core.states import SYN_PENDING, SYN_RECEIVED
 
@@ -45,29 +46,27 @@ class FlowTable:
     Attributes:
         flows: live flows, requests included.
         time_wait: records by key, in the order in which they expire.
-        undecided: how many flows are in SYN_PENDING.
+        own, others: flows in SYN_PENDING, of this host and of all other sources.
         half_open_flows: those in SYN_RECEIVED, the oldest first.
-        foreign, foreign_half_open: of these, those of each source that is not this host; `foreign_undecided`: of all.
+        foreign_half_open: of these, how many each source has that is not this host.
     """
 
-    __slots__ = (
-        "flows",
-        "foreign",
-        "foreign_half_open",
-        "foreign_undecided",
-        "half_open_flows",
-        "time_wait",
-        "undecided",
-    )
+    __slots__ = ("flows", "foreign_half_open", "half_open_flows", "others", "own", "time_wait")
 
-    def __init__(self) -> None:
+    def __init__(self, undecided: int) -> None:
+        """Make an empty one, with places for so many undecided requests."""
         self.flows: dict[bytes, Flow] = {}
         self.time_wait: dict[bytes, TimeWait] = {}
-        self.undecided: int = 0
+        share = undecided * 2 // 3
+        self.own: Waiting = Waiting(undecided, 0)
+        self.others: Waiting = Waiting(share, max(share * 2 // 3, 1))
         self.half_open_flows: dict[bytes, Flow] = {}
-        self.foreign: dict[bytes, int] = {}  # undecided, by source
-        self.foreign_undecided: int = 0
         self.foreign_half_open: dict[bytes, int] = {}
+
+    @property
+    def undecided(self) -> int:
+        """How many flows are in SYN_PENDING."""
+        return len(self.own.flows) + len(self.others.flows)
 
     @property
     def half_open(self) -> int:
@@ -77,11 +76,8 @@ class FlowTable:
     def add(self, flow: Flow) -> None:
         """Take in a new request."""
         self.flows[flow.key] = flow
-        self.undecided += 1
         flow.counted = SYN_PENDING
-        if not flow.local:
-            self.foreign_undecided += 1
-            _count(self.foreign, flow.source[0], 1)
+        (self.own if flow.local else self.others).add(flow)
 
     def recount(self, flow: Flow) -> None:
         """Bring the counts in line with a flow's state; cheap when it has not changed class."""
@@ -91,10 +87,7 @@ class FlowTable:
             return
         flow.counted = now
         if before == SYN_PENDING:
-            self.undecided -= 1
-            if not flow.local:
-                self.foreign_undecided -= 1
-                _count(self.foreign, flow.source[0], -1)
+            (self.own if flow.local else self.others).remove(flow)
         elif before == SYN_RECEIVED:
             self.half_open_flows.pop(flow.key, None)
             if not flow.local:

@@ -86,6 +86,8 @@ GIVE_UP_S: Final = 100.0
 # client that closes its socket in SYN-SENT sends nothing. Linux resends after about 1, 2, 3, 4, 5 s and then doubles.
 SYN_SILENCE_S: Final = 3.0
 SYN_SILENCE_GAPS: Final = 2.5
+# A SYN that comes again sooner was not sent again by a kernel (RFC 6298 5.7 wants a second where nothing is known).
+SYN_AGAIN_S: Final = 0.5
 
 FIN_WAIT_2_S: Final = 60.0  # Linux tcp_fin_timeout
 # Linux tcp_invalid_ratelimit, gVisor the same: per flow, never shared between flows (CVE-2016-5696).
@@ -201,7 +203,8 @@ class Flow:
         peer_closed: the app's FIN has come (bytes may still wait).
         failure: "" or why the flow ended: "cancelled" (the app gave up before the decision), "refused" (by the owner),
             "reset" (by the app), "timeout", "aborted" (by the owner), "unread" (by us: data for an owner that had
-            released the flow), "evicted" (by us: its place or its memory was needed).
+            released the flow), "evicted" (by us: its place or its memory was needed), "put off" (by us, before the
+            decision and without a word: too many wait, and its SYN may come again).
         closed: all is over, or TIME-WAIT: the owner may forget the flow (bytes may still wait to be read).
         bytes_from_app, bytes_to_app: taken from the app in order; acknowledged by the app.
         opened_at: when the SYN came.
@@ -269,11 +272,13 @@ class Flow:
         "_timed_at",
         "_timed_position",
         "_ts_recent_at",
+        "accepted_at",
         "active_epoch",
         "app_finished",
         "armed",
         "bytes_from_app",
         "bytes_to_app",
+        "came_again",
         "charged",
         "closed",
         "counted",
@@ -322,7 +327,9 @@ class Flow:
         self.destination: tuple[bytes, int] = destination
         self.owner: object | None = None
         self.opened_at: float = now
-        self.local: bool = True  # the source is an address of this host
+        self.local: bool = True  # the source is this host
+        self.came_again: bool = False  # the SYN did: somebody means it
+        self.accepted_at: float = now
         self.state: int = states.move(states.LISTEN, states.RECEIVE_SYN)
         self.failure: str = ""
         self.closed: bool = False
@@ -488,6 +495,7 @@ class Flow:
         self._build_template()
         self._syn_ack_owed = True
         self._backoff = 0
+        self.accepted_at = now
         self._timed_position = self.iss + 1
         self._timed_at = now
         self._set_rto_at(now + FIRST_RTO_S)
@@ -496,6 +504,10 @@ class Flow:
     def cancel(self) -> None:
         """The app gave up before the request was decided. Only in SYN_PENDING."""
         self._end(states.CANCEL, "cancelled")
+
+    def put_off(self) -> None:
+        """Let go of the request without an answer, for the time being. Only in SYN_PENDING."""
+        self._end(states.CANCEL, "put off")
 
     def refuse(self) -> None:
         """Decline the request; the stack answers. Only in SYN_PENDING."""
@@ -1165,6 +1177,7 @@ class Flow:
             self._host.drop("duplicate_syn")
             self._syn_gap = now - self._syn_at
             self._syn_at = now
+            self.came_again = self.came_again or self._syn_gap >= SYN_AGAIN_S
             self._set_rto_at(now + max(SYN_SILENCE_S, SYN_SILENCE_GAPS * self._syn_gap))
             return False
         self._host.drop("before_accept")

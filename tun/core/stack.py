@@ -26,6 +26,7 @@ from hashlib import blake2s
 from struct import Struct
 from typing import Final
 
+from tun.core.admission import name_of
 from tun.core.buffers import Budget
 from tun.core.flows import TIME_WAIT_S, FlowTable, TimeWait
 from tun.core.fragments import Reassembler
@@ -75,6 +76,11 @@ _NO_PORTS: Final[frozenset[int]] = frozenset()
 # off, or a view on a few bytes would keep 64 KiB.
 _PADDING: Final = 64
 _MAPPED: Final = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96 stands for IPv4 and is never on a wire
+
+# Where more flows than this part of the limit are half-open, one that has not been completed in so long, which is a
+# million times the link's round trip, gives way to the next.
+_HALF_OPEN_FEW: Final = 8
+_HALF_OPEN_S: Final = 1.0
 
 # Above this share of all buffers a flow may hold little; see `_set_caps`.
 _TIGHT: Final = 0.75
@@ -184,6 +190,7 @@ class Stack:
             fragments that go down with it are counted by the next `take_replies`.
         packets: all packets handed in.
         accepted, refused, cancelled: decided requests, and those whose app gave up first.
+        put_off: requests that gave up their place under pressure; see `tun.core.admission`.
         resets_received, timeouts, aborted: flows that ended so.
         replies_sent: packets without a flow that were answered.
     """
@@ -216,6 +223,7 @@ class Stack:
         "_stray_limit",
         "_table",
         "_tight",
+        "_turn_at",
         "_udp_served",
         "aborted",
         "accepted",
@@ -224,6 +232,7 @@ class Stack:
         "flows",
         "opened",
         "packets",
+        "put_off",
         "refused",
         "replies_sent",
         "resets_received",
@@ -239,7 +248,7 @@ class Stack:
         self._host.keepalive_idle = settings.keepalive_idle
         self._host.keepalive_interval = settings.keepalive_interval
         self._host.keepalive_probes = settings.keepalive_probes
-        self._table: FlowTable = FlowTable()
+        self._table: FlowTable = FlowTable(settings.undecided)
         self.flows: dict[bytes, Flow] = self._table.flows
         self._served: Mapping[bytes, frozenset[int]] = {}
         self._draining: bool = False
@@ -270,6 +279,7 @@ class Stack:
         self._small: bool = False
         self._tight: bool = False
         self._relief_at: float = _INFINITE
+        self._turn_at: float = _INFINITE  # of either kind of requests under pressure
 
         self.drops: dict[str, int] = self._host.drops
         self.packets: int = 0
@@ -277,6 +287,7 @@ class Stack:
         self.accepted: int = 0
         self.refused: int = 0
         self.cancelled: int = 0
+        self.put_off: int = 0
         self.resets_received: int = 0
         self.aborted: int = 0
         self.replies_sent: int = 0
@@ -326,7 +337,11 @@ class Stack:
     def next_deadline(self) -> float:
         """When `handle_timeout` is due; infinite when nothing waits."""
         return min(
-            self._host.next_deadline(), self._table.next_expiry(), self._reassembler.next_deadline(), self._relief_at
+            self._host.next_deadline(),
+            self._table.next_expiry(),
+            self._reassembler.next_deadline(),
+            self._relief_at,
+            self._turn_at,
         )
 
     # -- settings that change -----------------------------------------------------------------------------------------
@@ -445,6 +460,11 @@ class Stack:
                 self._reply(icmpv6.build_error(kind, code, first[24:40], first[8:24], first))
         if now >= self._relief_at:
             self._relieve(now)
+        if now >= self._turn_at:
+            for waiting in (self._table.own, self._table.others):
+                if now >= waiting.turn_at:
+                    waiting.turn(now)
+            self._turn_at = min(self._table.own.turn_at, self._table.others.turn_at)
 
     # -- output -------------------------------------------------------------------------------------------------------
 
@@ -519,8 +539,10 @@ class Stack:
         victim: Flow | None = None
         if not flow.local and table.foreign_half_open.get(flow.source[0], 0) >= limit * 2 // 3:
             victim = table.oldest_half_open(flow.source[0])
-        elif table.half_open >= limit:
+        elif table.half_open > limit // _HALF_OPEN_FEW:
             victim = table.oldest_half_open(None)
+            if victim is not None and table.half_open < limit and now - victim.accepted_at < _HALF_OPEN_S:
+                victim = None
         if victim is not None:
             victim.evict()
             self._after(victim, now)
@@ -874,7 +896,7 @@ class Stack:
                 if self._may_answer(packet, start, end, now):
                     flow.cancel()
                     self._after(flow, now)
-                    self._listen(key, None, now)
+                    self._listen(key, None, verified, now)
                 return
             wants_reset = flow.handle_segment(segment, packet, now)
             self._after(flow, now)
@@ -884,9 +906,9 @@ class Stack:
         if record is not None and not self._leave_time_wait(key, record, now):
             return
         if self._may_answer(packet, start, end, now):
-            self._listen(key, record, now)
+            self._listen(key, record, verified, now)
 
-    def _listen(self, key: bytes, record: TimeWait | None, now: float) -> None:
+    def _listen(self, key: bytes, record: TimeWait | None, verified: bool, now: float) -> None:
         """A segment without a connection, for an address of ours (RFC 9293 3.10.7.1 and 2)."""
         header = self._header
         segment = self._segment
@@ -917,23 +939,32 @@ class Stack:
             self._host.drop("flow_limit")
             self._reset(now)
         else:
-            self._open(key, record, now)
+            self._open(key, record, verified, now)
 
-    def _open(self, key: bytes, record: TimeWait | None, now: float) -> None:
+    def _open(self, key: bytes, record: TimeWait | None, verified: bool, now: float) -> None:
         """A SYN to a served port becomes a request, unless too many wait; then it is dropped, and will come again."""
         table = self._table
         header = self._header
         segment = self._segment
         source = header.source
-        limit = self._settings.undecided
+        settings = self._settings
         local = self._local is None or source in self._local
-        if table.undecided >= limit:
-            self._host.drop("undecided_limit")
+        if local and settings.offload and not verified:
+            # With offload this host's kernel leaves checksums to the device. Who brings his own has made the packet by
+            # hand, or comes from elsewhere, and does not share the places of this host's programs.
+            local = False
+        waiting = table.own if local else table.others
+        reason = waiting.judge(name_of(key, segment.seq), source, table.undecided >= settings.undecided, now)
+        if reason:
+            self._host.drop(reason)
+            for unproven in waiting.unproven:
+                unproven.put_off()
+                self._after(unproven, now)
+            waiting.unproven.clear()
+            self._turn_at = min(table.own.turn_at, table.others.turn_at)
             return
-        share = limit * 2 // 3
-        if not local and (table.foreign_undecided >= share or table.foreign.get(source, 0) >= share * 2 // 3):
-            self._host.drop("source_limit")
-            return
+        if record is not None:
+            table.time_wait.pop(key, None)
         initial, ts_offset = initial_numbers(self._secret, key, now)
         if record is not None and diff(initial, record.snd_nxt) <= 0:
             # The old connection was faster than the clock of our numbers (RFC 6528 3, RFC 9293 3.4.1): stay above.
@@ -956,7 +987,8 @@ class Stack:
     def _leave_time_wait(self, key: bytes, record: TimeWait, now: float) -> bool:
         """A segment for a connection in TIME-WAIT.
 
-        Returns: True when it opens a new one (RFC 9293 3.10.7.4 MAY-2, RFC 6191): the record is gone, go on as LISTEN.
+        Returns: True when it may open a new one (RFC 9293 3.10.7.4 MAY-2, RFC 6191): go on as LISTEN. The record goes
+        when the new one has come.
         """
         table = self._table
         if record.expires_at <= now:
@@ -976,7 +1008,6 @@ class Stack:
                 older = step >= HALF
                 newer = newer or 0 < step < HALF
             if newer and not older:
-                del table.time_wait[key]
                 return True
         elif ahead == 0 and segment.data_end == segment.data_start and not flags & FIN:
             self._host.drop("time_wait")  # the last ACK again: nothing is missing
@@ -1036,6 +1067,8 @@ class Stack:
         failure = flow.failure
         if failure == "cancelled":
             self.cancelled += 1
+        elif failure == "put off":
+            self.put_off += 1
         elif failure == "reset":
             self.resets_received += 1
         elif failure in ("aborted", "evicted", "unread"):
