@@ -5,6 +5,8 @@ Every message is for the person at 3 a.m.: what happened, to which endpoint or f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import ClassVar
 
@@ -34,10 +36,41 @@ class NgrokdError(Exception):
         self.remedy = remedy
 
 
+@dataclass(frozen=True, slots=True)
+class Mistake:
+    """One thing that is wrong in the configuration.
+
+    Attributes:
+        file: where it is written, or "$VARIABLE" or "--option".
+        line: from 1; 0 where it is no file.
+        key: dotted, printable; "" where it is no key's.
+        text: what is wrong and what would be right.
+        column: from 1; 0 where only the line is known.
+    """
+
+    file: str
+    line: int
+    key: str
+    text: str
+    column: int = 0
+
+    def __str__(self) -> str:
+        place = self.file + (f":{self.line}" if self.line else "") + (f":{self.column}" if self.column else "")
+        return f"{place}: {self.key}: {self.text}" if self.key else f"{place}: {self.text}"
+
+
 class ConfigError(NgrokdError):
-    """The configuration is wrong; the message names file, line, key, value and what would be right, all at once."""
+    """The configuration is wrong; the message names file, line, key, value and what would be right, all at once.
+
+    Attributes:
+        mistakes: the same for programs, where they are known one by one.
+    """
 
     exit_code = Exit.CONFIG
+
+    def __init__(self, message: str, *, remedy: str = "", mistakes: Sequence[Mistake] = ()) -> None:
+        super().__init__(message, remedy=remedy)
+        self.mistakes = tuple(mistakes)
 
 
 class StateError(NgrokdError):

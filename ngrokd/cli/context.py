@@ -19,7 +19,7 @@ from ngrokd import ask as client
 from ngrokd.cli.output import print_lines
 
 if TYPE_CHECKING:
-    from ngrokd.config import Settings
+    from ngrokd.config import Given, Settings
 
 DEFAULT_CONFIG: Final = "/etc/ngrokd/config.toml"  # as in ngrokd.config, which costs more than most commands do
 
@@ -37,6 +37,8 @@ class Context:
         as_json: stdout holds one JSON document and nothing else.
         verbosity: how often -v was given; from 2 on errors come with a traceback.
         command: the command being carried out, for the name of the JSON schema.
+        environ: the environment.
+        settings: what other options of a command say that stands in the configuration too.
     """
 
     program: str = "ngrokd"
@@ -46,15 +48,20 @@ class Context:
     verbosity: int = 0
     command: str = "ngrokd"
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    settings: list[Given] = field(default_factory=list)
 
     def load_settings(self) -> Settings:
-        """The configuration, with --socket put in. Raises ConfigError."""
+        """The configuration, with the options of the command line put in. Raises ConfigError."""
         from ngrokd import config
 
-        environ = dict(self.environ)
-        if self.socket:
-            environ["NGROKD_SOCKET"] = os.path.abspath(self.socket)
-        return config.load(self.config or None, environ)
+        return config.load(self.config or None, self.environ, self.given())
+
+    def given(self) -> list[Given]:
+        """What the options of the command line say that stands in the configuration too."""
+        from ngrokd.config import Given
+
+        socket = [Given("control.socket", os.path.abspath(self.socket), "--socket")] if self.socket else []
+        return [*self.settings, *socket]
 
     def socket_path(self) -> str:
         """The control socket: --socket, $NGROKD_SOCKET, the configuration's, the default one.
@@ -70,7 +77,8 @@ class Context:
             try:
                 os.close(os.open(DEFAULT_CONFIG, os.O_RDONLY | os.O_NONBLOCK))
             except OSError:
-                return client.DEFAULT_SOCKET
+                if not os.access(os.path.join(os.path.dirname(DEFAULT_CONFIG), "conf.d"), os.R_OK | os.X_OK):
+                    return client.DEFAULT_SOCKET
         return self.load_settings().control.socket
 
     def ask(self, command: str, *arguments: str, timeout_s: float = client.TIMEOUT_S) -> client.Answer:
@@ -131,6 +139,30 @@ def common_options(function: AnyCallable) -> AnyCallable:
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
+
+
+def _keep_setting(ctx: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> None:
+    """Put each KEY=VALUE into the Context."""
+    if not values or ctx.resilient_parsing:
+        return
+    from ngrokd.config import Given
+
+    context = ctx.find_object(Context)
+    assert context is not None, "invoke() made one"
+    for value in values:
+        key, separator, text = value.partition("=")
+        if not separator:
+            raise click.BadParameter(f"{value!r} is not KEY=VALUE", ctx)
+        context.settings.append(Given(key.strip(), text.strip(), f"--set {key.strip()}"))
+
+
+def setting_option(function: AnyCallable) -> AnyCallable:
+    """Let a command take `--set KEY=VALUE`, which goes before files and environment."""
+    help_text = 'Let this hold instead of what the configuration says, say "net.drain=10s". May be repeated.'
+    option = click.option(
+        "--set", "set_", metavar="KEY=VALUE", multiple=True, expose_value=False, callback=_keep_setting, help=help_text
+    )
+    return option(function)
 
 
 def command(name: str, *, epilog: str | None = None) -> Callable[[Callable[..., int | None]], click.Command]:

@@ -6,8 +6,8 @@ import os
 
 import click
 
-from ngrokd.cli.context import Context, command
-from ngrokd.config import load
+from ngrokd.cli.context import Context, command, setting_option
+from ngrokd.config import Given, load
 
 
 @command("run")
@@ -15,21 +15,21 @@ from ngrokd.config import load
     "--log-level", metavar="LEVEL", type=click.Choice(["debug", "info", "warning", "error"]), help="Log this."
 )
 @click.option("--log-format", metavar="FORMAT", type=click.Choice(["auto", "text", "json"]), help="Log in this form.")
+@setting_option
 def run(context: Context, log_level: str | None = None, log_format: str | None = None) -> int:
     """Run the daemon in the foreground, until SIGTERM, SIGINT or ^C.
 
     One line starting with "[ready]" is printed on stdout once the endpoints can be reached by name; the log goes to
-    stderr. SIGHUP reads the configuration again. With -v the log says more.
+    stderr. The configuration is read again when it changes and on SIGHUP; what options say goes before it for good.
+    With -v the log says more.
     """
-    # As variables they hold for every later reading of the file as well.
-    options = {
-        "NGROKD_SOCKET": os.path.abspath(context.socket) if context.socket else None,
-        "NGROKD_LOG_LEVEL": log_level or ("debug" if context.verbosity else None),
-        "NGROKD_LOG_FORMAT": log_format,
-    }
-    environ = {**context.environ, **{name: value for name, value in options.items() if value}}
+    options = [
+        Given("log.level", log_level or ("debug" if context.verbosity else ""), "--log-level" if log_level else "-v"),
+        Given("log.format", log_format or "", "--log-format"),
+    ]
+    given = [*context.given(), *(option for option in options if option.text)]
     path = os.path.abspath(context.config) if context.config else None
-    settings = load(path, environ)
+    settings = load(path, context.environ, given)
     from ngrokd.daemon import run_daemon
 
-    return run_daemon(settings, config_path=path, environ=environ)
+    return run_daemon(settings, config_path=path, environ=context.environ, given=given)

@@ -1,13 +1,14 @@
 """The configuration: what may be written, how it is read, and what is said when it is wrong.
 
 `schema` is the list of sections and keys, `readers` turn one value into its type, `lines` knows where each key is
-written, `loading` puts them together, `apikey` finds the API key, `showing` shows and compares.
+written, `salvage` reads what is broken, `loading` puts them together, `apikey` finds the API key, `showing` shows and
+compares.
 """
 
 from __future__ import annotations
 
 from ngrokd.config.apikey import ApiKey, read_key_file, resolve_api_key, stored_key_path
-from ngrokd.config.loading import DEFAULT_PATH, load, parse
+from ngrokd.config.loading import DEFAULT_PATH, Given, find_file, find_files, load, parse
 from ngrokd.config.readers import (
     format_duration,
     format_size,
@@ -36,6 +37,9 @@ from ngrokd.config.showing import merge_live, reloadable, show
 __all__ = [
     "load",
     "parse",
+    "Given",
+    "find_file",
+    "find_files",
     "DEFAULT_PATH",
     "Settings",
     "ApiSettings",

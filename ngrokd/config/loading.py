@@ -1,6 +1,10 @@
-"""From a file to checked settings.
+"""From files, environment and command line to checked settings.
 
-The document is converted leaf by leaf, so that one run names every mistake, each with file, line, key and remedy:
+What counts, the later before the earlier: the defaults, the file, the files of `conf.d` beside it in the order of their
+names, the environment, the options of the command line. Every value of every source is checked, also one that another
+goes before.
+
+The documents are converted leaf by leaf, so that one run names every mistake, each with file, line, key and remedy:
 
     /etc/ngrokd/config.toml:6: net.mtu: expected an integer from 576 to 65535, or 0 for the best, got 10
     /etc/ngrokd/config.toml:9: net.subnett: unknown key (did you mean "subnet"?)
@@ -14,127 +18,215 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
-import tomli
-from msgspec import Struct
 
 from ngrokd import files
-from ngrokd.config.lines import KeyPath, index_lines
-from ngrokd.config.readers import Hidden, Wrong, meant, nearest, shown_toml, type_name
+from ngrokd.config.lines import KeyPath
+from ngrokd.config.readers import Hidden, Wrong, from_text, meant, nearest, shown_toml, type_name
+from ngrokd.config.salvage import salvage
 from ngrokd.config.schema import Leaf, Settings, schema
 from ngrokd.endpoints import printable
-from ngrokd.errors import ConfigError, StateError
+from ngrokd.errors import ConfigError, Mistake, StateError
 
 DEFAULT_PATH: Final = "/etc/ngrokd/config.toml"
+FOLDER_NAME: Final = "conf.d"  # beside the file
 GO_CONFIG_NAME: Final = "config.yml"  # the Go daemon's, in the same folder
 MAX_FILE_BYTES: Final = 1 << 20
+MAX_FILES: Final = 1000
 MAX_MISTAKES_SHOWN: Final = 100
+GENERIC: Final = "NGROKD__"  # NGROKD__NET__MTU=1400
 
 
-def load(path: str | None, environ: Mapping[str, str]) -> Settings:
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A value that stands in no file: its dotted key, the text, and where it comes from ("$VARIABLE", "--option")."""
+
+    key: str
+    text: str
+    origin: str
+
+
+def find_file(path: str | None, environ: Mapping[str, str]) -> str:
+    """The absolute path of the configuration: the one asked for, `$NGROKD_CONFIG`, or the default one."""
+    return os.path.abspath(path or environ.get("NGROKD_CONFIG") or DEFAULT_PATH)
+
+
+def find_files(path: str | None, environ: Mapping[str, str]) -> list[str]:
+    """All files that may hold configuration, whether or not they exist: the file, then those of `conf.d`.
+
+    Raises ConfigError: the folder cannot be read, or holds too many.
+    """
+    file = find_file(path, environ)
+    folder = os.path.join(os.path.dirname(file), FOLDER_NAME)
+    names: list[str] = []
+    if os.path.isdir(folder):  # where that cannot be told, the file cannot be read either, and that is said
+        try:
+            names = sorted(name for name in os.listdir(folder) if name.endswith(".toml") and not name.startswith("."))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot read {folder}: {error.strerror}", remedy="start it with sudo, or let this user read the folder"
+            ) from None
+    if len(names) > MAX_FILES:
+        raise ConfigError(f"{folder} holds {len(names)} files, more than {MAX_FILES}")
+    return [file, *(os.path.join(folder, name) for name in names)]
+
+
+def load(path: str | None, environ: Mapping[str, str], given: Sequence[Given] = ()) -> Settings:
     """Read the configuration.
 
     Args:
         path: the file that was asked for; None: `$NGROKD_CONFIG`, else the default one, which may be missing.
-        environ: the environment; `NGROKD_SOCKET`, `NGROKD_HOSTS_PATH`, `NGROKD_LOG_LEVEL` and `NGROKD_LOG_FORMAT` go
-            before the file.
+        environ: the environment; its variables go before the files. See `variables`.
+        given: what the command line says, which goes before all; the last one of a key counts.
 
     Raises:
         ConfigError: everything that is wrong, one line each.
     """
-    asked = path or environ.get("NGROKD_CONFIG") or ""
-    file = os.path.abspath(asked or DEFAULT_PATH)
-    text = _read_text(file, required=bool(asked))
-    if text is None:
-        return msgspec.structs.replace(parse("", file, environ), warnings=tuple(_left_behind(file)))
-    settings = parse(text, file, environ)
-    return msgspec.structs.replace(settings, file=file, warnings=tuple(_warnings(file, settings)))
+    required = bool(path or environ.get("NGROKD_CONFIG"))
+    conversion = _Conversion(environ, given)
+    found = []
+    problem: ConfigError | None = None
+    for number, file in enumerate(find_files(path, environ)):
+        try:
+            text = _read_text(file, required=required and number == 0)
+        except ConfigError as error:
+            problem = problem or error
+            continue
+        if text is not None:
+            found.append(file)
+            conversion.read(text, file)
+    settings = conversion.settings(problem)
+    main = find_file(path, environ)
+    return msgspec.structs.replace(
+        settings,
+        file=main if main in found else "",
+        files=tuple(found),
+        warnings=tuple(_warnings(main, found, settings)),
+    )
 
 
 def parse(text: str, file: str, environ: Mapping[str, str]) -> Settings:
-    """Read a configuration from text; `file` is only for messages. Raises ConfigError as `load` does."""
-    try:
-        document = tomli.loads(text)
-        lines = index_lines(text)
-    except tomli.TOMLDecodeError as error:
-        if _looks_like_yaml(file, text):
-            raise _yaml_error(file) from None
-        raise ConfigError(f"{file}:{error.lineno}:{error.colno}: not TOML: {printable(error.msg)}") from None
-    except RecursionError:
-        raise ConfigError(f"{file}:1: not a configuration: nested too deeply") from None
-    except ValueError:  # an integer of more digits than int() takes
-        raise ConfigError(f"{file}:1: not a configuration: a number is too long") from None
-    if _is_yaml_name(file) and not document:
-        raise _yaml_error(file)
-    return _Conversion(document, lines, file, environ).settings()
+    """Read a configuration from one text; `file` is only for messages. Raises ConfigError as `load` does."""
+    conversion = _Conversion(environ, ())
+    conversion.read(text, file)
+    return conversion.settings()
+
+
+def variables(environ: Mapping[str, str]) -> Iterator[Given]:
+    """What the environment says: `NGROKD__SECTION__KEY` for any key, and a few names of their own that go before it."""
+    for name in sorted(environ):
+        if name.startswith(GENERIC) and environ[name]:
+            section, _, key = name.removeprefix(GENERIC).lower().partition("__")
+            yield Given(f"{section}.{key}", environ[name], f"${name}")
+    for key, name in VARIABLES.items():
+        if environ.get(name):
+            yield Given(key, environ[name], f"${name}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Document:
+    """One file that was parsed."""
+
+    file: str
+    content: Mapping[str, Any]
+    lines: Mapping[KeyPath, int]
+
+    def line(self, path: KeyPath) -> int:
+        """Where a key is written, or what it stands in."""
+        while path and path not in self.lines:
+            path = path[:-1]
+        return self.lines.get(path, 1)
 
 
 class _Conversion:
-    """One document on its way to `Settings`; collects every mistake before it raises."""
+    """Documents on their way to `Settings`; collects every mistake before it raises."""
 
-    def __init__(
-        self, document: dict[str, Any], lines: Mapping[KeyPath, int], file: str, environ: Mapping[str, str]
-    ) -> None:
-        self._document = document
-        self._lines = lines
-        self._file = file
-        self._environ = environ
+    def __init__(self, environ: Mapping[str, str], given: Sequence[Given]) -> None:
+        self._given = [*variables(environ), *given]
         self._schema = schema()
-        self._mistakes: list[tuple[int, str]] = []
+        self._leaves = {leaf.path: leaf for _, leaves in self._schema.values() for leaf in leaves.values()}
+        self._mistakes: list[Mistake] = []
+        self._values: dict[str, object] = {}
         self._origins: dict[str, str] = {}
 
-    def settings(self) -> Settings:
-        sections = {name: self._section(name, *found) for name, found in self._schema.items()}
-        for name, value in self._document.items():
-            if name not in self._schema:
-                self._mistake((name,), self._unknown_section(name, value))
-        if self._mistakes:
-            raise _all_at_once([text for _, text in sorted(self._mistakes, key=lambda mistake: mistake[0])])
+    def settings(self, problem: ConfigError | None = None) -> Settings:
+        """What all sources say together. Raises ConfigError; `problem` is that of a file that could not be read."""
+        in_files, self._mistakes = self._mistakes, []
+        for given in self._given:
+            self._take(given)
+        mistakes = [*self._mistakes, *in_files]  # those that have no line come first
+        if problem is not None and not mistakes:
+            raise problem
+        if problem is not None or mistakes:
+            raise _all_at_once(mistakes, problem)
+        sections = {}
+        for name, (struct, leaves) in self._schema.items():
+            found = [leaf for leaf in leaves.values() if leaf.path in self._values]
+            sections[name] = struct(**{leaf.attribute: self._values[leaf.path] for leaf in found})
         return Settings(**sections, origins=self._origins)  # type: ignore[arg-type]  # each section under its name
 
-    def _section(self, name: str, struct: type[Struct], leaves: Mapping[str, Leaf]) -> Struct:
-        table = self._document.get(name, {})
-        if not isinstance(table, dict):
-            self._mistake((name,), f"{name}: expected a table [{name}], got {type_name(table)}")
-            table = {}
-        for key in table:
-            if key not in leaves:
-                self._mistake((name, key), f"{name}.{printable(key)}: unknown key{self._unknown_key(name, key)}")
-        values = {}
-        for key, leaf in leaves.items():
-            variable = _VARIABLES.get(leaf.path, "")
-            if variable and self._environ.get(variable):
-                values[leaf.attribute] = self._convert(leaf, self._environ[variable], f"${variable}")
-            elif key in table:
-                values[leaf.attribute] = self._convert(leaf, table[key], "")
-        return struct(**{attribute: value for attribute, value in values.items() if value is not _FAILED})
-
-    def _convert(self, leaf: Leaf, value: object, origin: str) -> object:
-        path: KeyPath = (leaf.section, leaf.key)
+    def read(self, text: str, file: str) -> None:
+        """Take over what one file says. Raises ConfigError for one that is nothing like a configuration."""
+        secrets = {leaf.key for leaf in self._leaves.values() if isinstance(leaf.reader, Hidden)}
         try:
-            converted: object = leaf.reader.read(value)
+            found = salvage(text, secrets)
+        except RecursionError:
+            raise ConfigError(f"{file}:1: not a configuration: nested too deeply") from None
+        except ValueError:  # an integer of more digits than int() takes
+            raise ConfigError(f"{file}:1: not a configuration: a number is too long") from None
+        if (found.mistakes and _looks_like_yaml(file, text)) or (_is_yaml_name(file) and not found.document):
+            raise _yaml_error(file)
+        before = len(self._mistakes)
+        for each in found.mistakes:
+            hint = f" ({each.hint})" if each.hint else ""
+            self._mistakes.append(Mistake(file, each.line, each.key, f"not TOML: {each.message}{hint}", each.column))
+        self._read(_Document(file, found.document, found.lines))
+        self._mistakes[before:] = sorted(self._mistakes[before:], key=lambda mistake: mistake.line)
+
+    def _read(self, document: _Document) -> None:
+        for name, value in document.content.items():
+            if name not in self._schema:
+                self._note(document, (name,), printable(name), self._unknown_section(name, value))
+            elif not isinstance(value, dict):
+                self._note(document, (name,), name, f"expected a table [{name}], got {type_name(value)}")
+            else:
+                self._read_section(document, name, value)
+
+    def _read_section(self, document: _Document, name: str, table: Mapping[str, object]) -> None:
+        _, leaves = self._schema[name]
+        for key, value in table.items():
+            if key in leaves:
+                self._convert(leaves[key], value, document.file, document.line((name, key)))
+            else:
+                path = f"{name}.{printable(key)}"
+                self._note(document, (name, key), path, f"unknown key{self._unknown_key(name, key)}")
+
+    def _take(self, given: Given) -> None:
+        leaf = self._leaves.get(given.key)
+        if leaf is not None:
+            self._convert(leaf, from_text(leaf.reader, given.text), given.origin, 0)
+            return
+        match = nearest(given.key, self._leaves)
+        hint = f' (did you mean "{match}"?)' if match else ""
+        self._mistakes.append(Mistake(given.origin, 0, "", f"there is no key {printable(given.key)}{hint}"))
+
+    def _convert(self, leaf: Leaf, value: object, file: str, line: int) -> None:
+        """Take over one value, or note what is wrong with it. Line 0: it stands in no file, `file` is its origin."""
+        try:
+            self._values[leaf.path] = leaf.reader.read(value)
         except Wrong as wrong:
             hidden = isinstance(leaf.reader, Hidden)
             got = wrong.got or (type_name(value) if hidden else shown_toml(value))
             message = f"expected {wrong.expected}, got {got}" + (f" ({wrong.hint})" if wrong.hint else "")
-            if origin:
-                self._mistakes.append((0, f"{origin}: {message}"))
-            else:
-                self._mistake(path, f"{leaf.path}: {message}")
-            return _FAILED
-        self._origins[leaf.path] = origin or f"{self._file}:{self._line(path)}"
-        return converted
+            self._mistakes.append(Mistake(file, line, leaf.path if line else "", message))
+        else:
+            self._origins[leaf.path] = f"{file}:{line}" if line else file
 
-    def _mistake(self, path: KeyPath, text: str) -> None:
-        line = self._line(path)
-        self._mistakes.append((line, f"{self._file}:{line}: {text}"))
-
-    def _line(self, path: KeyPath) -> int:
-        while path and path not in self._lines:
-            path = path[:-1]
-        return self._lines.get(path, 1)
+    def _note(self, document: _Document, path: KeyPath, key: str, text: str) -> None:
+        self._mistakes.append(Mistake(document.file, document.line(path), key, text))
 
     def _unknown_key(self, section: str, key: str) -> str:
         """What the key was probably meant to be, as the end of a sentence."""
@@ -146,30 +238,28 @@ class _Conversion:
             return f" (it belongs under [{homes[0]}])"
         if near:
             return f" ({near})"
-        everywhere = {leaf.key: leaf for _, leaves in self._schema.values() for leaf in leaves.values()}
+        everywhere = {leaf.key: leaf for leaf in self._leaves.values()}
         match = nearest(key, everywhere)
         return f' (did you mean "{everywhere[match].path}"?)' if match else ""
 
     def _unknown_section(self, name: str, value: object) -> str:
         if isinstance(value, dict):
             near = meant(name, self._schema)
-            return f"{printable(name)}: unknown section" + (f" ({near})" if near else "")
+            return "unknown section" + (f" ({near})" if near else "")
         homes = [section for section, (_, leaves) in self._schema.items() if name in leaves]
         if name in _GO_KEYS:
             where = f" (it is {_GO_KEYS[name]} here)"
         elif homes:
             where = f" (it belongs under [{homes[0]}])"
         else:
-            everywhere = {leaf.key: leaf for _, leaves in self._schema.values() for leaf in leaves.values()}
+            everywhere = {leaf.key: leaf for leaf in self._leaves.values()}
             match = nearest(name, everywhere)
             where = f' (did you mean "{everywhere[match].path}"?)' if match else ""
-        return f"{printable(name)}: unknown key{where}"
+        return f"unknown key{where}"
 
 
-_FAILED: Final = object()
-
-# Variables that go before the file. The first two were the Go daemon's.
-_VARIABLES: Final = {
+# Variables with names of their own. The first two were the Go daemon's.
+VARIABLES: Final = {
     "control.socket": "NGROKD_SOCKET",
     "hosts.path": "NGROKD_HOSTS_PATH",
     "log.level": "NGROKD_LOG_LEVEL",
@@ -190,11 +280,13 @@ _GO_KEYS: Final = {
 }
 
 
-def _all_at_once(mistakes: Sequence[str]) -> ConfigError:
-    shown = list(mistakes[:MAX_MISTAKES_SHOWN])
-    if len(mistakes) > len(shown):
-        shown.append(f"... and {len(mistakes) - len(shown)} more")
-    return ConfigError("\n".join(shown))
+def _all_at_once(mistakes: Sequence[Mistake], problem: ConfigError | None) -> ConfigError:
+    shown = [str(problem)] if problem is not None else []
+    shown += [str(mistake) for mistake in mistakes[:MAX_MISTAKES_SHOWN]]
+    if len(mistakes) > MAX_MISTAKES_SHOWN:
+        shown.append(f"... and {len(mistakes) - MAX_MISTAKES_SHOWN} more")
+    remedy = problem.remedy if problem is not None else ""
+    return ConfigError("\n".join(shown), remedy=remedy, mistakes=mistakes)
 
 
 def _read_text(file: str, *, required: bool) -> str | None:
@@ -217,19 +309,17 @@ def _read_text(file: str, *, required: bool) -> str | None:
         raise ConfigError(f"{file}:{line}:{column}: not TOML: not UTF-8 text") from None
 
 
-def _warnings(file: str, settings: Settings) -> Iterator[str]:
-    """What is legal and still worth a line in the log, of a file that was read."""
-    mode = os.stat(file).st_mode
-    if mode & (stat.S_IWGRP | stat.S_IWOTH):
-        yield f"{file} can be changed by other users: chmod go-w {file}"
-    if settings.api.key and mode & (stat.S_IRGRP | stat.S_IROTH):
-        yield f"{file} holds the API key and can be read by other users: chmod 600 {file}"
-
-
-def _left_behind(file: str) -> Iterator[str]:
-    """A configuration of the Go daemon where ours is missing is worth a line as well."""
-    old = os.path.join(os.path.dirname(file), GO_CONFIG_NAME)
-    if os.path.exists(old):
+def _warnings(main: str, found: Sequence[str], settings: Settings) -> Iterator[str]:
+    """What is legal and still worth a line in the log."""
+    for file in found:
+        mode = os.stat(file).st_mode
+        if mode & (stat.S_IWGRP | stat.S_IWOTH):
+            yield f"{file} can be changed by other users: chmod go-w {file}"
+        holds_key = settings.origins.get("api.key", "").startswith(f"{file}:") and settings.api.key
+        if holds_key and mode & (stat.S_IRGRP | stat.S_IROTH):
+            yield f"{file} holds the API key and can be read by other users: chmod 600 {file}"
+    old = os.path.join(os.path.dirname(main), GO_CONFIG_NAME)
+    if main not in found and os.path.exists(old):
         yield f"{old} is the configuration of the Go ngrokd and is not read; convert it: ngrokd config import {old}"
 
 

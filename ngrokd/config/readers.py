@@ -14,7 +14,9 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
+
+import tomli
 
 from ngrokd.endpoints import Secret, printable
 
@@ -438,6 +440,33 @@ def _network(
     if ipaddress.ip_address(text.partition("/")[0]) != network.network_address:
         raise Wrong(expected, got=shown_toml(text), hint=f'did you mean "{network}"?')
     return network
+
+
+def from_text(reader: Reader[Any], text: str) -> object:
+    """The TOML value that somebody means who writes a text where TOML cannot be asked for: a shell, a variable.
+
+    What the reader does not take as a text may be a number or truth value; a list begins with "[", or has one item.
+    """
+    if isinstance(reader, _LISTS):
+        value = _parsed(text) if text.lstrip().startswith("[") else [text]
+        return text if value is None else value
+    try:
+        reader.read(text)
+    except Wrong:
+        value = _parsed(text)
+        return value if isinstance(value, (bool, int)) else text
+    return text
+
+
+def _parsed(text: str) -> object:
+    """The value of a text that is one in TOML; None for what is not."""
+    try:
+        return tomli.loads(f"value = {text}")["value"]
+    except (tomli.TOMLDecodeError, RecursionError, ValueError):
+        return None
+
+
+_LISTS: Final = (Networks, Fingerprints, Texts)
 
 
 def _is_ip(host: str) -> bool:

@@ -135,9 +135,11 @@ class Settings(Struct, frozen=True, kw_only=True):
     """The whole configuration, checked.
 
     Attributes:
-        file: the absolute path that was read, "" where there was none.
+        file: the absolute path of the main file, "" where there was none.
+        files: all that were read, in their order: the main file, and those of conf.d.
         warnings: sentences worth a line in the log at start.
-        origins: dotted key -> where its value came from ("FILE:LINE" or "$VARIABLE"); defaults are not listed.
+        origins: dotted key -> where its value came from ("FILE:LINE", "$VARIABLE" or "--option"); defaults are not
+            listed.
     """
 
     api: ApiSettings = ApiSettings()
@@ -154,6 +156,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     file: str = ""
     warnings: tuple[str, ...] = ()
     origins: Mapping[str, str] = {}
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

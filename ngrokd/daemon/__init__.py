@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import trio
 
 from ngrokd import config
-from ngrokd.config import Settings
+from ngrokd.config import Given, Settings
 from ngrokd.daemon.daemon import Daemon, Machine
 from ngrokd.daemon.machine import LinuxMachine
 from ngrokd.log import Log, stderr_descriptor
@@ -21,13 +21,16 @@ from ngrokd.log import Log, stderr_descriptor
 SWITCH_INTERVAL_S: Final = 0.0005
 
 
-def run_daemon(settings: Settings, *, config_path: str | None, environ: Mapping[str, str]) -> int:
+def run_daemon(
+    settings: Settings, *, config_path: str | None, environ: Mapping[str, str], given: Sequence[Given] = ()
+) -> int:
     """Run until a signal ends it.
 
     Args:
         settings: the configuration.
         config_path: where it was read, to read it again on SIGHUP; None: the default file.
         environ: the environment.
+        given: what the command line says, which goes before the file then too.
 
     Returns: the exit code. Raises NgrokdError when it cannot start; then nothing is left on the machine.
     """
@@ -39,7 +42,7 @@ def run_daemon(settings: Settings, *, config_path: str | None, environ: Mapping[
             settings,
             LinuxMachine(),
             environ=environ,
-            reload=lambda: config.load(config_path, environ),
+            reload=lambda: config.load(config_path, environ, given),
             log_control=log_control,
         )
         trio.run(daemon.run)

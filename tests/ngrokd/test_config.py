@@ -153,6 +153,37 @@ def test_variables_go_before_the_file() -> None:
     assert settings.origins["control.socket"] == "$NGROKD_SOCKET"
 
 
+def test_every_key_has_a_variable() -> None:
+    """For containers; those with names of their own go before it. What takes no text is written as in the file."""
+    settings = read(
+        '[net]\nmtu = 1300\nsubnet = "10.9.0.0/16"\n',
+        NGROKD__NET__MTU="1400",
+        NGROKD__NET__OFFLOAD="false",
+        NGROKD__NET__ALLOW_SOURCES='["10.0.0.0/8", "fd00::/8"]',
+        NGROKD__API__SELECTORS="env == 'a'",
+        NGROKD__LOG__LEVEL="debug",
+        NGROKD_LOG_LEVEL="error",
+    )
+
+    assert (settings.net.mtu, settings.net.offload) == (1400, False)
+    assert settings.net.allow_sources == ("10.0.0.0/8", "fd00::/8")
+    assert settings.api.selectors == ("env == 'a'",)
+    assert settings.log.level == "error"
+    assert settings.net.subnet == "10.9.0.0/16"
+    assert settings.origins["net.mtu"] == "$NGROKD__NET__MTU"
+
+
+def test_a_variable_for_no_key_is_an_error() -> None:
+    """A typing error there must not pass either."""
+    found = mistakes("", NGROKD__NET__MTUU="5", NGROKD__NET__MTU="5", NGROKD__API__KEY=f"{CANARY} x", NGROKD__X="")
+
+    assert found == [
+        "$NGROKD__API__KEY: expected an API key, got a text that holds spaces or unprintable characters",
+        "$NGROKD__NET__MTU: expected an integer from 576 to 65535, or 0 for the best, got 5",
+        '$NGROKD__NET__MTUU: there is no key net.mtuu (did you mean "net.mtu"?)',
+    ]
+
+
 def test_an_empty_variable_is_none() -> None:
     """`NGROKD_SOCKET= ngrokd run` means the default, as in a shell."""
     assert read("", NGROKD_SOCKET="").control.socket == "/var/run/ngrokd.sock"
@@ -294,8 +325,8 @@ def test_foreign_text_in_messages_is_escaped() -> None:
 @pytest.mark.parametrize(
     ("text", "start"),
     [
-        ("a = \n", "c.toml:1:5: not TOML: "),
-        ("[net]\nmtu = 1\nmtu = 2\n", "c.toml:3:8: not TOML: "),
+        ("a = \n", "c.toml:1:5: a: not TOML: "),
+        ("[net]\nmtu = 1400\nmtu = 2\n", "c.toml:3:8: net.mtu: not TOML: "),
         ("[net]\n[net]\n", "c.toml:2:5: not TOML: "),
         ("a = " + "[" * 5000, "c.toml:1: not a configuration: nested too deeply"),
         ("a = " + "9" * 5000, "c.toml:1: not a configuration: a number is too long"),
@@ -325,7 +356,132 @@ def test_a_yaml_file_is_named_with_the_command_that_converts_it(file: str, text:
     assert caught.value.remedy == f"convert it with: ngrokd config import {file}"
 
 
+TEN_MISTAKES = """\
+[api]
+poll_interval = 30
+keyfile = "/x"
+timeout = "10x"
+key = 2canaryCANARY
+[net]
+subnet = "10.107.0.5/16"
+mtu = "1400"
+level = "debug"
+drain = 3s
+[limtis]
+flows = 5
+[log]
+level = "warn"
+format: json
+[http
+listen = "localhost"
+"""
+
+
+def test_errors_of_syntax_hide_no_other_mistakes() -> None:
+    """The parser stops at the first; whoever corrects the file should not have to do it again and again."""
+    found = mistakes(TEN_MISTAKES)
+
+    assert [each.split(" ")[:2] for each in found] == [
+        ["c.toml:2:", "api.poll_interval:"],
+        ["c.toml:3:", "api.keyfile:"],
+        ["c.toml:4:", "api.timeout:"],
+        ["c.toml:5:8:", "api.key:"],
+        ["c.toml:7:", "net.subnet:"],
+        ["c.toml:8:", "net.mtu:"],
+        ["c.toml:9:", "net.level:"],
+        ["c.toml:10:10:", "net.drain:"],
+        ["c.toml:11:", "limtis:"],
+        ["c.toml:14:", "log.level:"],
+        ["c.toml:15:7:", "log.format:"],
+        ["c.toml:16:6:", "not"],
+        ["c.toml:17:", "http.listen:"],
+    ]
+    assert "(it belongs under [log])" in found[6]
+    assert '(texts stand in quotes: drain = "3s")' in found[7]
+    assert "(a key is set like this: format = ...)" in found[10]
+    assert "2canary" not in "".join(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "hints"),
+    [
+        ("[net]\noffload = True\n", ["did you mean offload = true?"]),
+        ("[net]\nmtu =  # none\n", ["the value is missing"]),
+        ("[net]\nmtu = 1400\n[net]\nmtu = 1\n", ["this section stands above already"]),
+        ("[net]\nmtu = 1400\nmtu = 1\n", ["it is written above already"]),
+        ("[api]\nselectors = [\n'a'\n[net]\nmtuu = 1\n", [""]),  # where it should have ended is anybody's guess
+        ('[api]\nca_file = """\n[net]\nmtuu = 1\n', [""]),
+        ("= 1\n[net]\nmtuu = 1\n", ["", "did you mean"]),
+        ("[net]\nsubnet = 10.1.0.0/16 # why\n", ['texts stand in quotes: subnet = "10.1.0.0/16")']),
+    ],
+)
+def test_what_is_said_of_a_syntax_error_is_certain(text: str, hints: list[str]) -> None:
+    """No mistakes that only come from reading on after one."""
+    found = mistakes(text)
+
+    assert len(found) == len(hints)
+    assert all(hint in each for hint, each in zip(hints, found, strict=True))
+
+
+def test_a_flood_of_syntax_errors_is_cut() -> None:
+    assert len(mistakes("a b\n" * 5000)) == 20
+
+
 # Files
+
+
+def test_files_of_the_folder_go_before_the_file_in_the_order_of_their_names(tmp_path: Path) -> None:
+    """What a package or a tool drops there needs no editing of what people wrote."""
+    file, folder = tmp_path / "config.toml", tmp_path / "conf.d"
+    folder.mkdir()
+    file.write_text('[net]\nmtu = 1300\nsubnet = "10.9.0.0/16"\n[log]\nlevel = "debug"\n')
+    (folder / "20-b.toml").write_text("[net]\nmtu = 1420\n")
+    (folder / "10-a.toml").write_text('[net]\nmtu = 1410\ndrain = "1s"\n')
+    (folder / "30.toml~").write_text("[net]\nmtu = 1\n")
+    (folder / ".30.toml").write_text("[net]\nmtu = 1\n")
+
+    settings = config.load(str(file), {"NGROKD__LOG__LEVEL": "error"}, [config.Given("net.drain", "9s", "--set")])
+
+    assert (settings.net.mtu, settings.net.subnet) == (1420, "10.9.0.0/16")
+    assert (settings.net.drain_s, settings.log.level) == (9.0, "error")
+    assert settings.file == str(file)
+    assert settings.files == (str(file), f"{folder}/10-a.toml", f"{folder}/20-b.toml")
+    assert settings.origins == {
+        "net.mtu": f"{folder}/20-b.toml:2",
+        "net.subnet": f"{file}:3",
+        "net.drain": "--set",
+        "log.level": "$NGROKD__LOG__LEVEL",
+    }
+
+
+def test_the_folder_counts_without_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("ngrokd.config.loading.DEFAULT_PATH", str(tmp_path / "config.toml"))
+    (tmp_path / "conf.d").mkdir()
+    (tmp_path / "conf.d" / "a.toml").write_text("[net]\nmtu = 1400\n")
+
+    settings = config.load(None, {})
+
+    assert (settings.net.mtu, settings.file, settings.files) == (1400, "", (f"{tmp_path}/conf.d/a.toml",))
+
+
+def test_mistakes_of_all_files_are_named_at_once(tmp_path: Path) -> None:
+    """Also of values that another file goes before, and beside files that cannot be read at all."""
+    file, folder = tmp_path / "config.toml", tmp_path / "conf.d"
+    (folder / "dir.toml").mkdir(parents=True)
+    file.write_text("[net]\nmtu = 1\n")
+    (folder / "a.toml").write_text("[net]\nmtu = 1400\nfoo = 1\n")
+    (folder / "b.toml").write_text("[net\nmtu = 1400\n")
+
+    with pytest.raises(ConfigError) as caught:
+        config.load(str(file), {})
+
+    assert [line.split(" ")[0] for line in str(caught.value).splitlines()] == [
+        f"{folder}/dir.toml",
+        f"{file}:2:",
+        f"{folder}/a.toml:3:",
+        f"{folder}/b.toml:1:5:",
+    ]
+    assert [(each.line, each.key) for each in caught.value.mistakes] == [(2, "net.mtu"), (3, "net.foo"), (1, "")]
 
 
 def test_a_missing_default_file_means_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

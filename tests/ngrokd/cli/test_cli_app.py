@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 
 import ngrokd
 from ngrokd import cli as entry
+from ngrokd import config
 from ngrokd.cli.app import COMMANDS, LazyGroup, group, normalise
 from ngrokd.config import Settings
 from ngrokd.errors import Exit, TakenError
@@ -31,11 +32,14 @@ class Runs:
         self.settings: list[Settings] = []
         self.config_path: str | None = None
         self.environ: Mapping[str, str] = {}
+        self.given: Sequence[config.Given] = ()
         self.result: int | BaseException = 0
 
-    def run_daemon(self, settings: Settings, *, config_path: str | None, environ: Mapping[str, str]) -> int:
+    def run_daemon(
+        self, settings: Settings, *, config_path: str | None, environ: Mapping[str, str], given: Sequence[config.Given]
+    ) -> int:
         self.settings.append(settings)
-        self.config_path, self.environ = config_path, environ
+        self.config_path, self.environ, self.given = config_path, environ, given
         if isinstance(self.result, BaseException):
             raise self.result
         return self.result
@@ -99,15 +103,42 @@ def test_ngrokctl_without_a_command_prints_help(cli: Cli, runs: Runs) -> None:
 def test_options_of_run_hold_for_a_reload_too(
     cli: Cli, runs: Runs, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They travel as variables, which go before the file whenever it is read."""
+    """They go before file and environment whenever those are read."""
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("NGROKD__NET__MTU", "1300")
+    monkeypatch.setenv("NGROKD_LOG_LEVEL", "error")
 
-    cli("run", "--socket", "s", "--log-format", "json", "-v")
+    cli("run", "--socket", "s", "--log-format", "json", "-v", "--set", "net.mtu=1400")
 
     [settings] = runs.settings
     assert (settings.control.socket, settings.log.format, settings.log.level) == (f"{folder}/s", "json", "debug")
-    assert runs.environ["NGROKD_SOCKET"] == f"{folder}/s"
-    assert runs.environ["NGROKD_LOG_LEVEL"] == "debug"
+    assert settings.net.mtu == 1400
+    assert settings.origins == {
+        "control.socket": "--socket",
+        "log.format": "--log-format",
+        "log.level": "-v",
+        "net.mtu": "--set net.mtu",
+    }
+    assert config.load(None, runs.environ, runs.given).origins == settings.origins
+
+
+@pytest.mark.parametrize(
+    ("option", "code", "message"),
+    [
+        ("net.mtu", 2, "error: Invalid value for '--set': 'net.mtu' is not KEY=VALUE"),
+        ("net.mtuu=5", 78, 'error: --set net.mtuu: there is no key net.mtuu (did you mean "net.mtu"?)'),
+        ("net.mtu=x", 78, 'error: --set net.mtu: expected an integer from 576 to 65535, or 0 for the best, got "x"'),
+        ("api.key=a secret", 78, "error: --set api.key: expected an API key, got a text that holds spaces or unprint"),
+    ],
+)
+def test_a_wrong_setting_on_the_command_line_is_named(
+    cli: Cli, runs: Runs, option: str, code: int, message: str
+) -> None:
+    outcome = cli("run", "--set", option)
+
+    assert outcome.code == code
+    assert outcome.err.startswith(message)
+    assert runs.settings == []
 
 
 def test_the_daemons_result_is_the_exit_code(cli: Cli, runs: Runs) -> None:
