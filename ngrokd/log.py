@@ -12,10 +12,12 @@ bidirectional marks are shown as escapes, and a traceback is folded into the lin
 Lines that repeat are limited per place in the code, and the next one that passes says how many did not.
 
 Forms: `text` is for people (on a terminal with the local time, under systemd's journal with its `<N>` priority and no
-time, elsewhere with UTC), `json` one JSON object per line. `auto` is text.
+time, elsewhere with UTC), `json` one JSON object per line. `auto` is text on a terminal and under the journal, and JSON
+elsewhere.
 
 Fields: `log.info("flow refused", extra={"endpoint": url})` shows as ` endpoint=...` in text and as a key in JSON;
-`with context(flow=7):` adds fields to every line said inside, by this task and the tasks it starts.
+`with context(flow=7):` adds fields to every line said inside, by this task and the tasks it starts. `event` is the name
+of an event (`ngrokd.ops.events`); people read its message.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Literal, Self
 
@@ -130,7 +133,7 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """One line without its end."""
         parts = [_message(record)]
-        parts += [f"{name}={_quoted(value)}" for name, value in _fields(record).items()]
+        parts += [f"{name}={_quoted(value)}" for name, value in _fields(record).items() if name != "event"]
         if record.exc_info and record.exc_info[1] is not None:
             parts.append("| " + fold_traceback(record.exc_info[1]))
         return self._head(record) + one_line(" ".join(parts))
@@ -207,22 +210,36 @@ class RateLimit(logging.Filter):
         return True
 
 
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of the log: its number since the start, wall clock (Unix seconds), level, text without time and level."""
+
+    number: int
+    wall: float
+    level: int
+    text: str
+
+
 class Ring(logging.Handler):
-    """The last lines, for whoever asks the daemon: (wall time, level number, line without time and level)."""
+    """The last lines, for whoever asks the daemon. Any thread may log, and any may ask."""
 
     def __init__(self, lines: int = RING_LINES) -> None:
         super().__init__()
-        self._lines: deque[tuple[float, int, str]] = deque(maxlen=lines)
+        self._lines: deque[Line] = deque(maxlen=lines)
         self._formatter = TextFormatter("journal")
+        self.last = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep the record's line."""
-        line = self._formatter.format(record)
-        self._lines.append((record.created, record.levelno, line.partition(">")[2]))
+        """Keep the record's line. `handle` holds the lock meanwhile."""
+        line = self._formatter.format(record).partition(">")[2]
+        self.last += 1
+        self._lines.append(Line(self.last, record.created, record.levelno, line))
 
-    def lines(self, level: int = logging.NOTSET) -> list[tuple[float, int, str]]:
-        """The lines kept, oldest first, of this level and above."""
-        return [line for line in self._lines if line[1] >= level]
+    def after(self, number: int, level: int = logging.NOTSET) -> list[Line]:
+        """The lines kept behind this number, oldest first, of this level and above."""
+        assert self.lock is not None, "logging makes one for each handler"
+        with self.lock:
+            return [line for line in self._lines if line.number > number and line.level >= level]
 
 
 class LineWriter:
@@ -327,6 +344,7 @@ class Log:
 
     Attributes:
         ring: the last lines.
+        level: what is logged now.
     """
 
     def __init__(
@@ -341,6 +359,7 @@ class Log:
         # One filter for both: a record counts once, so the filter must not sit on each handler.
         self._root = logging.getLogger("ngrokd")
         self._tun = logging.getLogger("tun")
+        self.level = level
         self.set_format(form)
         self.set_level(level)
         self._fan = _Fan(self._limit, (self._handler, self.ring))
@@ -351,6 +370,7 @@ class Log:
 
     def set_level(self, level: str) -> None:
         """debug, info, warning or error, from now on."""
+        self.level = level
         self._root.setLevel(level.upper())
         self._tun.setLevel(level.upper())
 
@@ -409,7 +429,7 @@ def make_formatter(form: str, descriptor: int, environ: Mapping[str, str]) -> lo
         return TextFormatter("journal")
     if os.isatty(descriptor):
         return TextFormatter("terminal", colour=not environ.get("NO_COLOR") and environ.get("TERM") != "dumb")
-    return TextFormatter("plain")
+    return TextFormatter("plain") if form == "text" else JsonFormatter()
 
 
 def is_journal(descriptor: int, environ: Mapping[str, str]) -> bool:

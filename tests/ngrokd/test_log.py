@@ -57,7 +57,7 @@ def pipe() -> Iterator[Pipe]:
 
 @contextmanager
 def installed(
-    pipe: Pipe, level: str = "info", form: str = "auto", **environ: str
+    pipe: Pipe, level: str = "info", form: str = "text", **environ: str
 ) -> Iterator[tuple[logging.Logger, Log]]:
     with Log(level, form, descriptor=pipe.writing, environ=environ) as log:
         yield logging.getLogger("ngrokd.test"), log
@@ -115,6 +115,23 @@ def test_colour_is_for_terminals_that_want_it(environ: Mapping[str, str], colour
         os.close(follower)
 
     assert ("\x1b[33m" in line) is coloured
+
+
+def test_where_nobody_reads_along_each_line_is_json(pipe: Pipe) -> None:
+    """A pipe or a file is read by machines, unless text is asked for; events have their name there."""
+    with installed(pipe, form="auto") as (log, _):
+        log.info("connected", extra={"event": "flow.opened", "flow": 7})
+
+    line = json.loads(pipe.text())
+    assert (line["message"], line["event"], line["flow"], line["level"]) == ("connected", "flow.opened", 7, "info")
+
+
+def test_people_do_not_read_the_names_of_events(pipe: Pipe) -> None:
+    """The message says it in words."""
+    with installed(pipe) as (log, _):
+        log.info("connected", extra={"event": "flow.opened", "flow": 7})
+
+    assert pipe.text().endswith(" info: connected flow=7\n")
 
 
 def test_under_the_journal_a_line_has_its_priority_and_no_time(pipe: Pipe) -> None:
@@ -388,11 +405,13 @@ def test_the_last_lines_are_kept(pipe: Pipe) -> None:
             log.info("line %d", number, extra={"rate_key": number})
         log.warning("trouble", extra={"endpoint": "a"})
 
-        kept = control.ring.lines()
+        kept = control.ring.after(0)
 
     assert len(kept) == logs.RING_LINES
-    assert kept[-1][1:] == (logging.WARNING, "trouble endpoint=a")
-    assert control.ring.lines(logging.WARNING) == kept[-1:]
+    assert (kept[-1].level, kept[-1].text) == (logging.WARNING, "trouble endpoint=a")
+    assert control.ring.after(0, logging.WARNING) == kept[-1:]
+    assert control.ring.after(kept[-3].number) == kept[-2:]
+    assert control.ring.last == kept[-1].number == logs.RING_LINES + 6
 
 
 def test_leaving_takes_the_handlers_away(pipe: Pipe) -> None:
