@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,11 +31,12 @@ from scapy.packet import Packet, Raw  # noqa: TID251 - an oracle
 from trio.testing import MockClock
 
 from tun.core.stack import Flow, ReceivedDatagram, Stack, StackSettings
+from tun.device.base import check_packet
 from tun.network import FlowRequest, Network
 from tun.testing.apppeer import AppHost, address_bytes
 from tun.testing.memory import memory_pair
 from tun.wire import verdict
-from tun.wire.checksum import complete
+from tun.wire.checksum import complete, internet_checksum
 from tun.wire.ipv6 import Ipv6Header, parse_ipv6, walk_extensions
 from tun.wire.tcp import SYN, build_tcp
 from tun.wire.udp import build_udp
@@ -235,6 +237,28 @@ def test_echo_in_fragments_comes_back_whole(stack: Stack) -> None:
 
     replies = [reply for piece in reversed(pieces) for reply in give(stack, piece)]
     assert [bytes(reply[ICMPv6EchoReply].data) for reply in replies] == [bytes(range(256)) * 20]
+
+
+@pytest.mark.parametrize(("size", "answers"), [(65495, 1), (65527, 1), (65528, 0)])
+@pytest.mark.rule(6, 9)
+def test_the_largest_echo_is_answered(stack: Stack, size: int, answers: int) -> None:
+    """65535 bytes behind the header, which is not counted (RFC 8200 3): devices take a packet that long."""
+    message = bytes(ICMPv6EchoRequest(id=1, data=bytes(size)))
+    pseudo = struct.pack("!16s16sII", address_bytes(APP), address_bytes(ENDPOINT), len(message), 58)
+    message = message[:2] + bytes(2) + message[4:]
+    checksum = internet_checksum(pseudo + message)
+    message = message[:2] + checksum.to_bytes(2, "big") + message[4:]
+    for offset in range(0, len(message), 1448):
+        more = offset + 1448 < len(message)
+        piece = message[offset : offset + 1448]
+        packet = bytes(ip() / IPv6ExtHdrFragment(id=77, nh=58, offset=offset // 8, m=more) / Raw(piece))
+        stack.handle_packet(packet, 0, False, 1.0)
+
+    replies = stack.take_replies()
+    for reply in replies:
+        check_packet(reply)
+        assert bytes(reply[48:]) == bytes(size)
+    assert len(replies) == answers
 
 
 @pytest.mark.rule(6)

@@ -1,4 +1,4 @@
-"""IPv4 reassembly, for echo requests only (RFC 791 3.2, RFC 815, RFC 5722).
+"""Reassembly, for echo requests only (RFC 791 3.2, RFC 8200 4.5, RFC 815, RFC 5722).
 
 The local kernel never fragments TCP (it sets DF), so what is put together here is `ping -s 20000`. That is a courtesy,
 and its price is bounded: 64 datagrams of at most 128 parts, 1 MiB and 30 s, the oldest going first. Fragments that
@@ -15,6 +15,7 @@ MAX_BYTES: Final = 1 << 20
 MAX_PARTS: Final = 128  # 64 KiB over a link of 576 bytes; finding a part's place costs as many steps
 TIMEOUT_S: Final = 30.0  # RFC 1122 3.3.2 says 60..120 s for a network; ours is one queue long
 MAX_PAYLOAD: Final = 65515  # 65535 less the header
+MAX_PAYLOAD_V6: Final = 65535
 # What a stored fragment costs besides its bytes (FragmentSmack CVE-2018-5391: tiny ones must not be cheap).
 _OVERHEAD: Final = 256
 
@@ -48,7 +49,9 @@ class Reassembler:
         self.dropped: int = 0
         self.joined: int = 0
 
-    def add(self, key: bytes, offset: int, more: bool, payload: bytes, first: bytes, now: float) -> bytes | None:
+    def add(
+        self, key: bytes, offset: int, more: bool, payload: bytes, first: bytes, now: float, most: int = MAX_PAYLOAD
+    ) -> bytes | None:
         """Take one fragment.
 
         Args:
@@ -56,6 +59,7 @@ class Reassembler:
             offset: of `payload` in the datagram's payload, bytes.
             more: is this not the last one?
             first: IP header and the first 8 bytes behind it, if `offset` is 0.
+            most: bytes that a whole payload may have, MAX_PAYLOAD or MAX_PAYLOAD_V6.
 
         Returns: the whole payload when this completed it.
         """
@@ -68,7 +72,7 @@ class Reassembler:
         if (
             (more and len(payload) % 8)
             or not payload
-            or end > MAX_PAYLOAD
+            or end > most
             or len(datagram.parts) >= MAX_PARTS
             or (datagram.total >= 0 and (end > datagram.total or not more))
         ):

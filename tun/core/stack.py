@@ -29,7 +29,7 @@ from typing import Final
 from tun.core.admission import name_of
 from tun.core.buffers import Budget
 from tun.core.flows import TIME_WAIT_S, FlowTable, TimeWait
-from tun.core.fragments import Reassembler
+from tun.core.fragments import MAX_PAYLOAD, MAX_PAYLOAD_V6, Reassembler
 from tun.core.machine import CHALLENGE_INTERVAL_S, Flow, Host, Write
 from tun.core.states import SYN_PENDING, TIME_WAIT
 from tun.errors import BadPacket
@@ -849,7 +849,13 @@ class Stack:
         reassembler = self._reassembler
         dropped = reassembler.dropped
         message = reassembler.add(
-            key, header.fragment, header.more_fragments, packet[at:end], packet[start : min(at + 8, end)], now
+            key,
+            header.fragment,
+            header.more_fragments,
+            packet[at:end],
+            packet[start : min(at + 8, end)],
+            now,
+            MAX_PAYLOAD if version4 else MAX_PAYLOAD_V6,
         )
         self._drop_all("fragment", reassembler.dropped - dropped)
         if message is None:

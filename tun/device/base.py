@@ -29,8 +29,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, Protocol
 
-# An IP packet cannot be longer (16-bit total length; RFC 791 3.1). Also the bound of one offloaded segment.
+# An IPv4 packet cannot be longer (16-bit total length; RFC 791 3.1). Also the bound of one offloaded segment.
 MAX_PACKET: Final = 65_535
+# IPv6's 16 bits do not count the header (RFC 8200 3).
+MAX_PACKET_V6: Final = 40 + 65_535
 
 
 class Device(Protocol):
@@ -143,7 +145,7 @@ def check_packet(packet: bytes | bytearray | memoryview) -> None:
     where nobody looks.
     """
     size = len(packet)
-    if size < 20 or size > MAX_PACKET:
+    if size < 20 or size > (MAX_PACKET_V6 if packet[0] >> 4 == 6 else MAX_PACKET):
         raise ValueError(f"an IP packet of {size} bytes")
     if _ip_length(packet) != size:
         raise ValueError(f"a packet of {size} bytes whose IP header says {_ip_length(packet)}")
