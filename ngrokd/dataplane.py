@@ -25,11 +25,11 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address, ip_network
 from types import TracebackType
-from typing import Final, Self, TypeAlias
+from typing import Final, Protocol, Self, TypeAlias
 
 import trio
 
@@ -217,6 +217,115 @@ class _Flow:
     scope: trio.CancelScope
 
 
+class Tape(Protocol):
+    """Packets being recorded; see `Recording`."""
+
+    @property
+    def recorded(self) -> int:
+        """See `Recording.recorded`."""
+        ...
+
+    @property
+    def dropped(self) -> int:
+        """See `Recording.dropped`."""
+        ...
+
+    @property
+    def ended(self) -> str:
+        """See `Recording.ended`."""
+        ...
+
+    async def read(self) -> bytes:
+        """See `Recording.read`."""
+        ...
+
+    def close(self) -> None:
+        """See `Recording.close`."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+
+class Plane(Protocol):
+    """What the daemon knows of a data plane, in its own process (`DataPlane`) or in others (`ngrokd.workers`).
+
+    What the methods mean stands there. Whatever is added here is added to both, and crosses the socket between them:
+    see `ngrokd.workers.messages`.
+    """
+
+    @property
+    def interface(self) -> str:
+        """See `DataPlane.interface`."""
+        ...
+
+    @property
+    def problem(self) -> str:
+        """See `DataPlane.problem`."""
+        ...
+
+    @property
+    def ingress_problem(self) -> str:
+        """See `DataPlane.ingress_problem`."""
+        ...
+
+    @property
+    def flow_count(self) -> int:
+        """See `DataPlane.flow_count`."""
+        ...
+
+    def tell(self, order: Order) -> None:
+        """See `DataPlane.tell`."""
+        ...
+
+    async def in_force(self) -> None:
+        """Wait until all that was told is in force, and what is counted is of now; but not for ever."""
+        ...
+
+    def replace_device(self, device: Device) -> None:
+        """See `DataPlane.replace_device`."""
+        ...
+
+    def drain(self, seconds: float) -> None:
+        """See `DataPlane.drain`."""
+        ...
+
+    def counters(self) -> dict[str, int]:
+        """See `DataPlane.counters`."""
+        ...
+
+    def describe_pool(self) -> Mapping[str, object]:
+        """See `DataPlane.describe_pool`."""
+        ...
+
+    def describe_workers(self) -> list[dict[str, int | str]]:
+        """See `DataPlane.describe_workers`."""
+        ...
+
+    async def flows(self) -> list[FlowInfo]:
+        """See `DataPlane.flows`."""
+        ...
+
+    async def close_flow(self, number: int) -> bool:
+        """See `DataPlane.close_flow`."""
+        ...
+
+    async def probe(self, host: str, port: int) -> Probe:
+        """See `DataPlane.probe`."""
+        ...
+
+    def record(self, order: RecordOrder) -> Tape:
+        """See `DataPlane.record`."""
+        ...
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """See `DataPlane.run`."""
+        ...
+
+
 class DataPlane:
     """The in-process data plane. See the module's theory.
 
@@ -253,7 +362,26 @@ class DataPlane:
         self._device_replaced = trio.Event()
         self._serve(Serve(Directory.empty()))
 
+    @property
+    def interface(self) -> str:
+        """The name of the device."""
+        return self.network.device.name
+
+    @property
+    def problem(self) -> str:
+        """Why packets are not carried as they should be, "" while they are."""
+        return ""
+
+    @property
+    def ingress_problem(self) -> str:
+        """See `Ingress.problem`."""
+        return self.ingress.problem
+
     # Orders
+
+    async def in_force(self) -> None:
+        """Wait until all that was told is in force: here it is when `tell` has returned."""
+        await trio.lowlevel.checkpoint()
 
     def tell(self, order: Order) -> None:
         """Carry out one order."""
@@ -335,6 +463,14 @@ class DataPlane:
         numbers["flows"] = len(self._live)
         numbers["batches"] = self.network.batches
         return numbers
+
+    def describe_pool(self) -> dict[str, bool | int | float | str | None]:
+        """See `Ingress.describe_pool`."""
+        return self.ingress.describe_pool()
+
+    def describe_workers(self) -> list[dict[str, int | str]]:
+        """The processes that this is made of, beside the daemon's own."""
+        return []
 
     # What it is asked
 

@@ -31,7 +31,7 @@ import logging
 import math
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
@@ -137,7 +137,7 @@ class Discovery:
         api: the client of ngrok's API.
         store: the identity on disk.
         has_key: whether there is an API key now.
-        publish: tells the data plane what to serve.
+        publish: tells the data plane what to serve; when it returns, that is served.
         use: tells the data plane which certificate to present.
         reach: called when the API names an ingress endpoint.
         wall: the wall clock.
@@ -160,7 +160,7 @@ class Discovery:
         store: IdentityStore,
         *,
         has_key: Callable[[], bool],
-        publish: Callable[[Directory], None],
+        publish: Callable[[Directory], Awaitable[None]],
         use: Callable[[Credentials], None],
         reach: Callable[[str], None],
         wall: Callable[[], float],
@@ -507,11 +507,11 @@ class Discovery:
         published = before.directory
         if plan.added or plan.changed:
             published = await self._run_sync(plan.transition)
-            self._publish(published)
+            await self._publish(published)
         known.desired = after.with_flags(known.desired.flags)  # some may have been found since the plan was made
         await self._name()
         if published is not after.directory:
-            self._publish(after.directory)
+            await self._publish(after.directory)
         if plan or known.from_last_known or not self._endpoints_saved:
             await self._run_sync(self._save_endpoints)
 

@@ -93,6 +93,27 @@ class Count(_Key[int]):
         raise Wrong(expected)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workers(_Key[int]):
+    """A number of processes from 1 to `high`, or "auto", which reads as 0."""
+
+    high: int
+
+    def read(self, value: object) -> int:
+        if value == "auto":
+            return 0
+        expected = f'an integer from 1 to {self.high}, or "auto"'
+        if isinstance(value, bool) or not isinstance(value, int):
+            quoted = isinstance(value, str) and value.isascii() and value.isdecimal()
+            raise Wrong(expected, hint=f"did you mean {value} without quotes?" if quoted else "")
+        if 1 <= value <= self.high:
+            return value
+        raise Wrong(expected)
+
+    def show(self, value: int) -> object:
+        return value or "auto"
+
+
 _DURATION_UNITS: Final = {
     "us": 1e-6,
     "µs": 1e-6,

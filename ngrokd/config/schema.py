@@ -31,6 +31,7 @@ from ngrokd.config.readers import (
     Subnet6,
     Texts,
     Word,
+    Workers,
 )
 from ngrokd.endpoints import Secret
 
@@ -80,6 +81,7 @@ class NetSettings(Struct, frozen=True, kw_only=True):
     mtu: Annotated[int, Count(low=576, high=65535, zero="the best")] = 0
     offload: Annotated[bool, Flag()] = True
     allow_sources: Annotated[tuple[str, ...], Networks(live=True)] = ()
+    workers: Annotated[int, Workers(high=64)] = 1  # 0: auto
     configure: Annotated[bool, Flag()] = True
     drain_s: Annotated[float, Duration(low=0.0, high=3600.0, live=True)] = field(name="drain", default=3.0)
 

@@ -48,6 +48,7 @@ from ngrokd.dataplane import (
     DataPlane,
     DataPlaneSettings,
     DeviceLost,
+    Plane,
     Reach,
     Report,
     Serve,
@@ -60,6 +61,7 @@ from ngrokd.errors import ConfigError, Exit, NgrokdError, PermissionMissingError
 from ngrokd.host.plan import gateway
 from ngrokd.log import Log
 from ngrokd.names import reconcile
+from ngrokd.names.directory import Directory
 from ngrokd.names.twins import Twins
 from ngrokd.ops.control import Command, ControlError, ControlServer, ControlSocket
 from ngrokd.ops.notify import Notifier
@@ -68,6 +70,8 @@ from ngrokd.ops.web import EndpointHealth, Health, HttpListener, WebServer, form
 from ngrokd.relay.handler import FlowEvent
 from ngrokd.relay.stock import PoolSettings
 from ngrokd.relay.transport import Transport
+from ngrokd.workers import merge, process, rights
+from ngrokd.workers.supervisor import WorkersPlane, as_queued
 from tun import Device, StackSettings
 
 log = logging.getLogger("ngrokd.daemon")
@@ -213,7 +217,7 @@ class Daemon:
         self._ipv6_told = False
         self.ready = trio.Event()
         self.traffic = Traffic()
-        self.plane: DataPlane
+        self.plane: Plane
         self.discovery: Discovery
         self.commands: dict[str, Command] = {
             "status": Command(self._status_command),
@@ -245,11 +249,14 @@ class Daemon:
         with contextlib.ExitStack() as undo:
             for warning in settings.warnings:
                 log.warning("%s", warning)
+            workers = merge.count_workers(settings.net.workers, process.usable_cpus())
+            if workers > 1:
+                rights.check_can_drop()
             undo.enter_context(state_lock(settings.state.directory))
             self._twins = choose_twins(settings)
             device = self.machine.prepare(settings, self._twins)
             undo.callback(self.machine.restore)
-            self._build(device)
+            self._build(device, workers)
             control = undo.enter_context(ControlSocket(settings.control.socket, settings.control.group))
             web = undo.enter_context(HttpListener(settings.http.listen)) if settings.http.listen else None
             await self._serve(control, web)
@@ -262,14 +269,15 @@ class Daemon:
                 self.plane.drain(0.0)
         self._stopping.set()
 
-    def _build(self, device: Device) -> None:
+    def _build(self, device: Device, workers: int) -> None:
         """Make the parts and hand each what it needs."""
         settings, machine = self.settings, self.machine
         subnet = IPv4Network(settings.net.subnet)
         limits = settings.limits
         subnet6 = self._twins.subnet6 if self._twins is not None else None
-        self.plane = DataPlane(
+        self.plane = self._make_plane(
             device,
+            workers,
             DataPlaneSettings(
                 stack=StackSettings(
                     mtu=device.mtu,
@@ -296,8 +304,6 @@ class Daemon:
                 twins=self._twins,
                 strict=self._strict,
             ),
-            machine.dial,
-            self._reported,
         )
         api = NgrokApi(
             url=settings.api.url,
@@ -314,7 +320,7 @@ class Daemon:
             api,
             IdentityStore(settings.state.directory),
             has_key=lambda: bool(self._key.value),
-            publish=lambda directory: self.plane.tell(Serve(directory)),
+            publish=self._publish,
             use=lambda credentials: self.plane.tell(Use(credentials)),
             reach=lambda _endpoint: self._resolve_now.set(),
             wall=machine.wall,
@@ -325,12 +331,24 @@ class Daemon:
         self.plane.tell(self._anchors(settings))
         self._tell_sources()
 
+    def _make_plane(self, device: Device, workers: int, settings: DataPlaneSettings) -> Plane:
+        if workers == 1:
+            return DataPlane(device, settings, self.machine.dial, self._reported)
+        identity = rights.worker_identity()
+        spawn = partial(process.spawn, identity=identity)
+        log.info("%d workers carry connections, as user %d", workers, identity.uid if identity else os.geteuid())
+        return WorkersPlane(as_queued(device), settings, workers, self._reported, spawn)
+
     def _most_flows(self) -> int:
         """As many as configured, but some descriptors are kept for API, control socket and files."""
         wanted, possible = self.settings.limits.flows, max(1, self.machine.descriptors - RESERVED_DESCRIPTORS)
         if possible < wanted:
             log.info("the limit of open files, %d, allows %d connections", self.machine.descriptors, possible)
         return min(wanted, possible)
+
+    async def _publish(self, directory: Directory) -> None:
+        self.plane.tell(Serve(directory))
+        await self.plane.in_force()
 
     async def _serve(self, control: ControlSocket, web: HttpListener | None) -> None:
         async with trio.open_nursery() as nursery:
@@ -425,7 +443,7 @@ class Daemon:
         self._notifier.status(self._summary())
         try:
             print(
-                f"[ready] ngrokd {__version__} tun={self.plane.network.device.name} subnet={net.subnet} "
+                f"[ready] ngrokd {__version__} tun={self.plane.interface} subnet={net.subnet} "
                 f"endpoints={count} sock={self.settings.control.socket}",
                 file=self._output,
                 flush=True,
@@ -570,6 +588,7 @@ class Daemon:
     # Commands
 
     async def _status_command(self, _arguments: list[str], _peer: Peer | None) -> dict[str, object]:
+        await self.plane.in_force()  # so that its numbers are of now
         return self.status()
 
     async def _list_command(self, _arguments: list[str], _peer: Peer | None) -> Iterator[dict[str, object]]:
@@ -683,7 +702,8 @@ class Daemon:
         known = self.discovery.known
         full = "names have no address, because the subnet is full" if known.desired.without_address else ""
         api, files_here = [known.problem, known.renewal_problem], [known.hosts_problem, known.state_problem]
-        found = [*api, self._ingress_problem, *files_here, full, self._network_problem or self.machine.problem]
+        network = [self._network_problem or self.machine.problem, self.plane.problem]
+        found = [*api, self._ingress_problem, *files_here, full, *network]
         return [problem for problem in found if problem]
 
     @property
@@ -735,7 +755,7 @@ class Daemon:
             "pid": os.getpid(),
             "started_at": _when(self._started_wall),
             "uptime_s": round(trio.current_time() - self._started_at, 3),
-            "interface": self.plane.network.device.name,
+            "interface": self.plane.interface,
             "subnet": net.subnet,
             "subnet6": str(self._twins.subnet6) if self._twins and self.discovery.name_twins else "",
             "api": {
@@ -757,7 +777,7 @@ class Daemon:
             "ingress": {
                 "endpoint": self._ingress_endpoint(),
                 "addresses": list(self._ingress_addresses),
-                "problem": self._ingress_problem or self.traffic.last_ingress_problem or self.plane.ingress.problem,
+                "problem": self._ingress_problem or self.traffic.last_ingress_problem or self.plane.ingress_problem,
             },
             "hosts": {
                 "enabled": self.settings.hosts.enabled,
@@ -765,12 +785,13 @@ class Daemon:
                 "problem": known.hosts_problem,
             },
             "state_directory": {"path": self.settings.state.directory, "problem": known.state_problem},
-            "network": {"problem": self._network_problem or self.machine.problem},
+            "network": {"problem": self._network_problem or self.machine.problem or self.plane.problem},
             "skipped": [{"id": one.id, "url": one.url, "reason": one.reason} for one in known.desired.skipped],
             "without_address": list(known.desired.without_address),
             "from_last_known": known.from_last_known,
             "flows": self.plane.flow_count,
-            "pool": self.plane.ingress.describe_pool(),
+            "pool": self.plane.describe_pool(),
+            "workers": self.plane.describe_workers(),
             "counters": self.plane.counters(),
         }
 

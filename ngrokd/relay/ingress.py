@@ -225,7 +225,7 @@ class Ingress:
         tickets = len(self._connector.tickets)
         return counted | {"ready": len(self._pool), "making": self._pool.dialing, "tickets": tickets}
 
-    def describe_pool(self) -> dict[str, object]:
+    def describe_pool(self) -> dict[str, bool | int | float | str | None]:
         """How the pool is, for people."""
         now = trio.current_time()
         counts, dialled = self._pool.counts, self._connector.counts

@@ -149,6 +149,13 @@ def fingerprint(certificate: bytes) -> str:
     return hashlib.sha256(certificate).hexdigest()
 
 
+def pinned_certificates(pem: bytes, fingerprints: Iterable[str]) -> bytes:
+    """Those certificates of `pem` that have one of these fingerprints (as in `Trust.set_anchors`), and nothing else."""
+    wanted = frozenset(_NOT_HEX.sub("", each.lower()) for each in fingerprints)
+    found = (each for each in _readable_certificates(pem) if fingerprint(each) in wanted)
+    return b"".join(ssl.DER_cert_to_PEM_cert(each).encode() for each in found)
+
+
 def _readable_certificates(pem: bytes) -> Iterator[bytes]:
     trial = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     for match in _PEM.finditer(pem):
@@ -293,4 +300,4 @@ def _element(data: bytes, position: int) -> tuple[int, bytes, int]:
     return tag, data[position : position + size], position + size
 
 
-__all__ = ["BadCredentials", "Presented", "Trust", "describe", "fingerprint", "presented_chain"]
+__all__ = ["BadCredentials", "Presented", "Trust", "describe", "fingerprint", "pinned_certificates", "presented_chain"]

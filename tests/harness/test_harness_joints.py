@@ -23,7 +23,7 @@ from ngrokd.lab.world import DEMO_ENDPOINTS
 from ngrokd.names.reconcile import SHADOWS_PUBLIC
 from ngrokd.ops.peers import Peer
 from tests.harness import world as worlds
-from tests.harness.world import MemoryMachine, World, open_world
+from tests.harness.world import MemoryMachine, World, in_process, open_world
 
 ROOT = Peer(pid=1, uid=0, gid=0)
 
@@ -605,7 +605,7 @@ async def test_a_certificate_that_cannot_be_used_is_a_problem_and_no_end(
         def refuse(_credentials: object) -> None:
             raise NgrokdError("the client certificate and its key cannot be used: ee key too small")
 
-        monkeypatch.setattr(daemon.plane.ingress, "set_credentials", refuse)
+        monkeypatch.setattr(in_process(daemon).ingress, "set_credentials", refuse)
         with pytest.raises(NgrokdError, match="too small"):
             await daemon.commands["refresh-cert"].handler(["--force"], ROOT)
 

@@ -12,7 +12,7 @@ from trio.testing import MockClock
 
 from ngrokd.dataplane import RECORDINGS, FlowInfo, Pause, RecordOrder, TooManyRecordingsError
 from ngrokd.relay.handler import FlowEvent
-from tests.harness.world import World, open_world
+from tests.harness.world import World, in_process, open_world
 from tun.pcap import read_capture
 from tun.testing.apppeer import AppStream
 
@@ -165,7 +165,7 @@ async def test_a_recording_is_a_capture_file_of_what_was_asked_for(world: World,
     """One endpoint's packets, cut to so many bytes; the device is as before afterwards."""
     async with world.running() as daemon:
         await daemon.ready.wait()
-        device = daemon.plane.network.device
+        device = in_process(daemon).network.device
         address = world.named()["echo.demo"]
         with daemon.plane.record(RecordOrder(addresses=(address,), snaplen=60, duration_s=5)) as recording:
             for name, port in (("echo.demo", 7), ("hello.demo", 80)):
@@ -177,7 +177,7 @@ async def test_a_recording_is_a_capture_file_of_what_was_asked_for(world: World,
                 data += piece
 
             assert recording.ended == "duration"
-        assert daemon.plane.network.device is device
+        assert in_process(daemon).network.device is device
 
     packets = list(read_capture(io.BytesIO(data)))
     assert len(packets) == recording.recorded > 5
@@ -193,7 +193,7 @@ async def test_recordings_come_and_go_in_any_order(world: World, autojump_clock:
     """Each sees what passes while it runs; there is a bound; a device that is replaced is recorded on."""
     async with world.running() as daemon:
         await daemon.ready.wait()
-        plane = daemon.plane
+        plane = in_process(daemon)
         device = plane.network.device
         recordings = [plane.record(RecordOrder()) for _ in range(RECORDINGS)]
         with pytest.raises(TooManyRecordingsError):

@@ -21,6 +21,7 @@ import trio
 from ngrokd import config
 from ngrokd.config import Settings
 from ngrokd.daemon import Daemon
+from ngrokd.dataplane import DataPlane
 from ngrokd.lab.world import Lab, open_memory_lab
 from ngrokd.names.twins import Twins
 from ngrokd.relay.transport import Transport
@@ -162,6 +163,12 @@ class World:
         """Host name to address, as the hosts file says."""
         lines = [line.split() for line in self.hosts.read_text().splitlines() if line.startswith("10.107.")]
         return {name: address for address, name in lines}
+
+
+def in_process(daemon: Daemon) -> DataPlane:
+    """The daemon's data plane, which is in this process: here nobody asks for workers."""
+    assert isinstance(daemon.plane, DataPlane)
+    return daemon.plane
 
 
 @asynccontextmanager

@@ -90,6 +90,14 @@ def test_every_section_and_unit_is_read() -> None:
     assert settings.http.listen == "[::1]:9000"
 
 
+def test_the_number_of_workers_can_be_left_to_the_daemon() -> None:
+    settings = read('[net]\nworkers = "auto"')
+
+    assert settings.net.workers == 0
+    assert config.show(settings)["net"]["workers"] == "auto"
+    assert read("[net]\nworkers = 4").net.workers == 4
+
+
 def test_the_defaults_are_the_documented_ones() -> None:
     """Others rely on these numbers."""
     assert config.show(Settings()) == {
@@ -117,6 +125,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
             "mtu": 0,
             "offload": True,
             "allow_sources": [],
+            "workers": 1,
             "configure": True,
             "drain": "3s",
         },
@@ -207,6 +216,9 @@ def test_origins_say_where_a_value_was_written() -> None:
         ('[net]\nmtu = "1500"', 'or 0 for the best, got "1500" (did you mean 1500 without quotes?)'),
         ("[net]\nmtu = true", "expected an integer from 576 to 65535, or 0 for the best, got true"),
         (f"[net]\nmtu = {10**30}", "got an integer that is too big"),
+        ("[net]\nworkers = 0", 'c.toml:2: net.workers: expected an integer from 1 to 64, or "auto", got 0'),
+        ('[net]\nworkers = "2"', "(did you mean 2 without quotes?)"),
+        ("[net]\nworkers = true", 'expected an integer from 1 to 64, or "auto", got true'),
         ('[net]\nsubnett = "x"', 'c.toml:2: net.subnett: unknown key (did you mean "subnet"?)'),
         ('[net]\npoll_interval = "3s"', "c.toml:2: net.poll_interval: unknown key (it belongs under [api])"),
         ('[net]\npol_interval = "3s"', '(did you mean "api.poll_interval"?)'),

@@ -83,6 +83,10 @@ async def test_a_poll_of_a_whole_subnet_does_not_stop_the_loop(tmp_path: Path) -
     file.write_text(f'[state]\ndirectory = "{tmp_path}/state"\n[hosts]\npath = "{hosts}"\n')
     settings = config.load(str(file), {})
     published: list[Directory] = []
+
+    async def publish(directory: Directory) -> None:
+        published.append(directory)
+
     heartbeat = Heartbeat()
     async with open_memory_lab(wall=time.time, simulated_time=False) as lab, trio.open_nursery() as nursery:
         for number in range(ENDPOINTS):
@@ -100,7 +104,7 @@ async def test_a_poll_of_a_whole_subnet_does_not_stop_the_loop(tmp_path: Path) -
             ),
             IdentityStore(settings.state.directory),
             has_key=lambda: True,
-            publish=published.append,
+            publish=publish,
             use=lambda credentials: None,
             reach=lambda endpoint: None,
             wall=time.time,

@@ -27,7 +27,7 @@ Rules of this file: no I/O, no operating system.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 # An IPv4 packet cannot be longer (16-bit total length; RFC 791 3.1). Also the bound of one offloaded segment.
 MAX_PACKET: Final = 65_535
@@ -116,6 +116,7 @@ class Device(Protocol):
         ...
 
 
+@runtime_checkable
 class QueuedDevice(Device, Protocol):
     """A device whose packets can be shared out over several descriptors, each with a stack of its own.
 
@@ -125,9 +126,7 @@ class QueuedDevice(Device, Protocol):
     """
 
     def fileno(self) -> int:
-        """The descriptor, which stays the device's; -1 after `close`. Another process can work on it with
-        `adopt_device`.
-        """
+        """The descriptor, which stays the device's; -1 after `close`. See `adopt_device`."""
         ...
 
     def extra_queue(self) -> QueuedDevice:
