@@ -31,6 +31,7 @@ COMMANDS: Final = {
     "refresh-cert": ("ngrokd.cli.refresh", "refresh_cert", "Renew the client certificate if it is due."),
     "plan": ("ngrokd.cli.plan", "plan", "Show what a run changes here, and who is in its way."),
     "cleanup": ("ngrokd.cli.plan", "cleanup", "Remove what a killed daemon left."),
+    "doctor": ("ngrokd.cli.doctor", "doctor", "Say what is wrong, and what to do about it."),
     "version": ("ngrokd.cli.version", "version", "Print versions."),
     "help": ("ngrokd.cli.version", "show_help", "Print help, on a command where one is named."),
 }

@@ -126,6 +126,9 @@ class NgrokApi:
         user_agent: "ngrokd/VERSION".
         now: Unix seconds, for the dates in Retry-After.
 
+    Attributes:
+        last_date: the Date header of the last answer, "" where it had none; not parsed.
+
     Raises:
         ConfigError: the URL cannot be used.
     """
@@ -148,6 +151,7 @@ class NgrokApi:
         self._timeout_s = timeout_s
         self._user_agent = user_agent
         self._now = now
+        self.last_date = ""
 
     def __repr__(self) -> str:
         return f"NgrokApi({self._origin.text!r})"
@@ -296,6 +300,7 @@ class NgrokApi:
 
     def _check(self, response: Response, what: str) -> None:
         """Raise what an answer other than 2xx means."""
+        self.last_date = response.header("date") or ""
         status = response.status
         if status in (HTTPStatus.OK, HTTPStatus.CREATED, HTTPStatus.NO_CONTENT):
             return

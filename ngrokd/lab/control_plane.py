@@ -26,6 +26,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from email.utils import format_datetime
 from typing import Final
 from urllib.parse import parse_qs, urlsplit
 
@@ -345,7 +346,12 @@ class ControlPlane:
         wire = _Wire(stream)
 
         async def answer(request: Request) -> Response:
-            return await self._answer(request, wire)
+            response = await self._answer(request, wire)
+            dated = (
+                *response.headers,
+                ("Date", format_datetime(datetime.fromtimestamp(self._wall(), UTC), usegmt=True)),
+            )
+            return Response(response.status, dated, response.body)
 
         await serve_connection(wire, answer, _LIMITS)
 
