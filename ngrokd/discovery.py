@@ -147,7 +147,7 @@ class Discovery:
         rng: for jitter.
 
     Attributes:
-        name_twins: whether the hosts file shall hold IPv6 lines: only while that way is open. May be set at any time.
+        name_twins: whether the hosts file shall hold IPv6 lines; see `name_over_ipv6`.
         first_attempt: the API was asked once, well or not.
         first_success: it answered, and what it lists is served and named.
         ingress_settled: what the API says of the ingress is known, or cannot be had for now.
@@ -183,6 +183,7 @@ class Discovery:
         self._twins = twins
         self.name_twins = False
         self._named_twins = False
+        self._naming = trio.Lock()
         self._backoff = Backoff()
         self._rng = rng or random.Random()
         self._identity = StoredIdentity()
@@ -222,6 +223,16 @@ class Discovery:
     async def next_round(self) -> None:
         """Wait until the API was asked the next time, well or not."""
         await self._round_over.wait()
+
+    async def name_over_ipv6(self, wanted: bool) -> None:
+        """Let the hosts file hold IPv6 lines from now on, or not: only while that way is open.
+
+        It is done when this returns, whatever else is going on, unless nothing was written yet or the file refuses.
+        """
+        if self.name_twins is not wanted:
+            self.name_twins = wanted
+            if self._hosts_print is not None:
+                await self._name()
 
     def refresh_certificate(self, *, force: bool) -> None:
         """Look at the certificate now; renew it when it is due, or in any case."""
@@ -554,9 +565,10 @@ class Discovery:
         return fingerprint(self.settings.hosts.path) != self._hosts_print
 
     async def _name(self) -> None:
-        """Make the hosts file say what is desired."""
-        await self._run_sync(self._write_hosts)
-        self._hosts_retry_at = trio.current_time() + RETRY_S
+        """Make the hosts file say what is desired: whatever is by then, for several may want to."""
+        async with self._naming:
+            await self._run_sync(self._write_hosts)
+            self._hosts_retry_at = trio.current_time() + RETRY_S
 
     def _write_hosts(self) -> None:
         settings, known = self.settings, self.known

@@ -76,7 +76,8 @@ def _facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     operator = data.get("operator_id") or ""
     registered = f"yes, as {operator}" if operator else "yes"
     answered = since(api.get("polled_at"))
-    subnet = f", {data['subnet']}" if data.get("subnet") else ""
+    subnets = "".join(f", {data[key]}" for key in ("subnet", "subnet6") if data.get(key))
+    no_ipv6 = _table(data.get("network")).get("ipv6_problem")
     unnamed = " (off)" if hosts.get("enabled") is False else ""
     return [
         ("Registered", registered if data.get("registered") else "no"),
@@ -84,7 +85,8 @@ def _facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("API key", str(api.get("key_source") or "")),
         ("Certificate", _validity(_table(data.get("certificate")).get("not_after"))),
         ("Ingress", str(data.get("ingress_endpoint") or "")),
-        ("Interface", f"{data.get('interface') or ''}{subnet}"),
+        ("Interface", f"{data.get('interface') or ''}{subnets}"),
+        ("IPv6", f"not now: {no_ipv6}" if no_ipv6 else ""),
         ("Hosts file", f"{hosts.get('path') or ''}{unnamed}"),
         ("Endpoints", _count(data)),
         ("Connections", _connections(data)),

@@ -77,7 +77,7 @@ class NetSettings(Struct, frozen=True, kw_only=True):
     mode: Annotated[str, Word(words=("auto", "tun"))] = "auto"
     interface: Annotated[str, Interface()] = "ngrokd0"
     subnet: Annotated[str, Subnet()] = "10.107.0.0/16"
-    subnet6: Annotated[str, Subnet6()] = "off"
+    subnet6: Annotated[str, Subnet6()] = "auto"
     mtu: Annotated[int, Count(low=576, high=65535, zero="the best")] = 0
     offload: Annotated[bool, Flag()] = True
     allow_sources: Annotated[tuple[str, ...], Networks(live=True)] = ()

@@ -39,6 +39,7 @@ from ngrokd import __version__, config, files
 from ngrokd.cloud.api import NgrokApi, api_ssl_context
 from ngrokd.cloud.identity import IdentityStore
 from ngrokd.config import Settings
+from ngrokd.daemon.ipv6 import FIRST_KNOCK_S, KNOCK_PORT, KNOCK_S, Answer, Way
 from ngrokd.daemon.shadows import flag_public_names
 from ngrokd.daemon.subnet6 import choose_twins
 from ngrokd.daemon.traffic import Traffic
@@ -84,9 +85,6 @@ MAX_CA_BYTES: Final = 4 << 20
 RESOLVE_EVERY_S: Final = 300.0
 RESOLVE_AGAIN_S: Final = 5.0
 RESOLVE_TIMEOUT_S: Final = 5.0
-# Our own knock at the door over IPv6: refused within microseconds, or not at all.
-IPV6_TRY_S: Final = 1.0
-IPV6_TRY_PORT: Final = 9
 # Of the descriptors that the process may have; each flow takes one.
 RESERVED_DESCRIPTORS: Final = 64
 # How long a start that has last known endpoints waits for the API before it says that it is ready (docs/adr/0010).
@@ -101,12 +99,12 @@ class Machine(Protocol):
     Attributes:
         names: what this machine calls itself.
         problem: what is wrong with link, address or routes now, "" when nothing is.
-        ipv6: whether `prepare` could give the link IPv6.
+        ipv6_problem: why names cannot have IPv6 addresses now; "" when nothing is known to stand against it.
     """
 
     names: tuple[str, ...]
     problem: str
-    ipv6: bool
+    ipv6_problem: str
 
     @property
     def descriptors(self) -> int:
@@ -137,12 +135,14 @@ class Machine(Protocol):
         """The signals TERM, INT and HUP that the process gets, as they come."""
         ...
 
-    async def is_refused(self, address: str, port: int) -> bool:
-        """Whether somebody at the address answers a connection by refusing it."""
+    async def knock(self, address: str, port: int) -> Answer:
+        """Ask for a connection over IPv6, and say what came of it. Waits as long as the kernel does."""
         ...
 
     def prepare(self, settings: Settings, twins: Twins | None = None) -> Device:
         """Check rights and conflicts, open the device, configure link and routes, for IPv6 too where there are `twins`.
+
+        That IPv6 is not to be had is no error but `ipv6_problem`, and it may come and go later.
 
         Raises NgrokdError; then nothing is left behind.
         """
@@ -213,8 +213,9 @@ class Daemon:
         self._network_problem = ""
         self._found_ca = b""
         self._twins: Twins | None = None
+        self._way = Way()
         self._look_at_ipv6 = trio.Event()
-        self._ipv6_told = False
+        self._ipv6_problem = ""
         self.ready = trio.Event()
         self.traffic = Traffic()
         self.plane: Plane
@@ -376,7 +377,7 @@ class Daemon:
 
     async def _name_endpoints(self) -> None:
         """Keep this machine's names as ngrok lists them, until it is time to stop."""
-        await self._try_ipv6()
+        await self._try_ipv6(FIRST_KNOCK_S)
         await self.discovery.restore()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_ipv6)
@@ -392,29 +393,44 @@ class Daemon:
             self._notifier.stopping(f"draining {self.plane.flow_count} connections")
             nursery.cancel_scope.cancel()
 
-    async def _try_ipv6(self) -> None:
-        """Go the way that apps will go over IPv6, to an address where our own stack refuses; only then it is named."""
-        twins, is_open = self._twins, False
+    async def _try_ipv6(self, patience_s: float) -> float:
+        """Go the way that apps will go over IPv6, to where our own stack refuses, and name it only if that is so.
+
+        Returns: how long until it should be tried again, in seconds.
+        """
+        twins = self._twins
         if twins is None:
-            return
-        if self.machine.ipv6:
-            with trio.move_on_after(IPV6_TRY_S):
-                is_open = await self.machine.is_refused(str(twins.probe), IPV6_TRY_PORT)
-        if is_open and not self.discovery.name_twins:
+            return math.inf
+        answer = Answer.NO_WAY
+        if not self.machine.ipv6_problem:
+            answer = Answer.SILENCE
+            with trio.move_on_after(patience_s):
+                answer = await self.machine.knock(str(twins.probe), KNOCK_PORT)
+        delay = self._way.judge(answer)
+        problem = self.machine.ipv6_problem or f"the kernel does not lead {twins.subnet6} to us"
+        self._tell_of_ipv6("" if self._way.is_open else problem)
+        await self.discovery.name_over_ipv6(self._way.is_open)
+        return delay if not self.machine.ipv6_problem else math.inf
+
+    def _tell_of_ipv6(self, problem: str) -> None:
+        twins, was_open = self._twins, self.discovery.name_twins
+        assert twins is not None
+        if was_open and problem:
+            log.warning("names have no IPv6 addresses any more: %s", problem)
+        elif not was_open and not problem:
             log.info("names have IPv6 addresses too, in %s", twins.subnet6)
-        elif self.discovery.name_twins and not is_open:
-            log.warning("names have no IPv6 addresses any more: the kernel does not lead %s to us", twins.subnet6)
-        elif self.machine.ipv6 and not is_open and not self._ipv6_told:
-            log.warning("names have no IPv6 addresses: the kernel does not lead %s to us", twins.subnet6)
-        self._ipv6_told = True
-        self.discovery.name_twins = is_open
+        elif problem != self._ipv6_problem:
+            log.info("names have no IPv6 addresses: %s", problem)
+        self._ipv6_problem = problem
 
     async def _keep_ipv6(self) -> None:
-        """Try again when something about this machine's network has changed."""
+        """Try again when something about this machine's network has changed, and every now and then."""
+        delay = 0.0
         while True:
-            await self._look_at_ipv6.wait()
+            with trio.move_on_after(delay):
+                await self._look_at_ipv6.wait()
             self._look_at_ipv6 = trio.Event()
-            await self._try_ipv6()
+            delay = await self._try_ipv6(KNOCK_S)
 
     def _machine_changed(self) -> None:
         self._tell_sources()
@@ -592,7 +608,7 @@ class Daemon:
         return self.status()
 
     async def _list_command(self, _arguments: list[str], _peer: Peer | None) -> Iterator[dict[str, object]]:
-        return reconcile.rows(self.discovery.known.desired)
+        return reconcile.rows(self.discovery.known.desired, self._twins if self.discovery.name_twins else None)
 
     async def _version_command(self, _arguments: list[str], _peer: Peer | None) -> dict[str, object]:
         return {"version": __version__, "python": sys.version.split()[0], "pid": os.getpid()}
@@ -785,7 +801,10 @@ class Daemon:
                 "problem": known.hosts_problem,
             },
             "state_directory": {"path": self.settings.state.directory, "problem": known.state_problem},
-            "network": {"problem": self._network_problem or self.machine.problem or self.plane.problem},
+            "network": {
+                "problem": self._network_problem or self.machine.problem or self.plane.problem,
+                "ipv6_problem": self._ipv6_problem,
+            },
             "skipped": [{"id": one.id, "url": one.url, "reason": one.reason} for one in known.desired.skipped],
             "without_address": list(known.desired.without_address),
             "from_last_known": known.from_last_known,

@@ -17,10 +17,11 @@ from typing import Any, Final
 import trio
 
 from ngrokd.config import Settings
+from ngrokd.daemon.ipv6 import Answer
 from ngrokd.errors import Exit, NgrokdError
 from ngrokd.host import linux
 from ngrokd.host.claims import claim_interface
-from ngrokd.host.plan import ADDRESS, DEVICE, GUARD, KERNEL, LINK, ROUTE, Action, HostError, Plan, Step
+from ngrokd.host.plan import ADDRESS, DEVICE, GUARD, KERNEL, LINK, ROUTE, Action, Network, Plan, Step
 from ngrokd.host.planning import link_mtu, missing_for_ipv6, plan_run
 from ngrokd.names.twins import Twins
 from ngrokd.relay.transport import Transport, connect_tcp
@@ -50,10 +51,11 @@ class LinuxMachine:
         self._device: Device | None = None
         self._claim: socket.socket | None = None
         self._addresses: frozenset[bytes] = frozenset()
+        self._claimed: tuple[Network, ...] = ()
         self._mtu = 0
-        self._ipv6_problem = ""
+        self._wants_ipv6 = False
         self.problem = ""
-        self.ipv6 = False
+        self.ipv6_problem = ""
 
     @property
     def descriptors(self) -> int:
@@ -81,16 +83,16 @@ class LinuxMachine:
         found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         return tuple(dict.fromkeys(str(entry[4][0]) for entry in found))
 
-    async def is_refused(self, address: str, port: int) -> bool:
-        """Whether somebody at the address answers a connection by refusing it."""
+    async def knock(self, address: str, port: int) -> Answer:
+        """Ask for a connection over IPv6, and say what came of it."""
         try:
-            with trio.socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as knock:
+            with trio.socket.socket(socket.AF_INET6) as knock:
+                # Where the kernel leads it elsewhere, it ends at the first router.
+                knock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, 1)
                 await knock.connect((address, port))
-        except ConnectionRefusedError:
-            return True
-        except OSError:
-            pass
-        return False
+        except OSError as error:
+            return Answer.of(error)
+        return Answer.NO_WAY
 
     def signals(self) -> contextlib.AbstractContextManager[AsyncIterator[int]]:
         """TERM, INT and HUP."""
@@ -101,36 +103,26 @@ class LinuxMachine:
     def prepare(self, settings: Settings, twins: Twins | None = None) -> Device:
         """Check what can be checked without changing anything, then do the plan.
 
-        Where this machine has no IPv6 that is said once, and everything else is done.
+        What the kernel refuses of IPv6 costs nothing but that. Only where somebody has configured its network does it
+        matter who else claims it.
         """
         net = settings.net
         linux.check_rights(configure=net.configure)
         self._claim = claim_interface(net.interface)
         try:
             self._mtu = link_mtu(settings, "linux")
-            missing = missing_for_ipv6(self._mtu) if twins is not None else ""
-            if missing:
-                log.info("names get no IPv6 addresses: %s", missing)
-            subnet6 = twins.subnet6 if twins is not None and not missing else None
-            plan = self._make_plan(settings, subnet6)
-            for shadow in linux.check_free(plan).shadows:
+            plan = self._make_plan(settings, twins.subnet6 if twins is not None else None)
+            claimed = plan if net.subnet6 != "auto" else plan.of_version(4)
+            self._claimed = claimed.subnets
+            self._wants_ipv6 = twins is not None
+            for shadow in linux.check_free(claimed).shadows:
                 log.warning("%s is wider than ours and loses %s to this daemon", shadow, net.subnet)
-            actions = {DEVICE: Action(self._open, self._close)}
-            try:
-                linux.apply(plan, actions)
-            except HostError as error:
-                if subnet6 is None:
-                    raise
-                # Whatever of IPv6 the kernel refuses must not cost the rest; what was not about IPv6 fails again.
-                log.warning("names get no IPv6 addresses: %s", error)
-                subnet6 = None
-                plan = self._make_plan(settings, None)
-                linux.apply(plan, actions)
-            self.ipv6 = subnet6 is not None
+            linux.apply(plan.of_version(4), {DEVICE: Action(self._open, self._close)})
+            self._plan = plan
+            self._ensure_ipv6()
             # All that has been imported by now stays to the end: collections, which hold up every packet for as long as
             # they take, need not walk over it.
             gc.freeze()
-            self._plan = plan
             self._addresses = linux.host_addresses()
         except BaseException:
             self.restore()
@@ -203,8 +195,10 @@ class LinuxMachine:
             nursery.start_soon(_watch, self._plan, note_addresses, note_disturbance)
             while True:
                 # That IPv6 was switched on again is told to nobody who does not ask.
-                with trio.move_on_after(PUT_BACK_AGAIN_S if self.problem or self._ipv6_problem else math.inf):
+                with trio.move_on_after(PUT_BACK_AGAIN_S if self.problem or self.ipv6_problem else math.inf):
                     await disturbed.wait()
+                if not disturbed.is_set() and not self.problem and self._ipv6_obstacle():
+                    continue  # nothing is new
                 disturbed = trio.Event()
                 await self._put_back()
                 changed()
@@ -218,7 +212,7 @@ class LinuxMachine:
             # A deleted interface is the data plane's to notice; it asks for `reopen`, which is seen here again.
             for step in await self.run_sync(self._ensure, ours):
                 log.warning("somebody changed what this daemon needs; restored: %s", step)
-            for subnet in ours.subnets:
+            for subnet in self._claimed:
                 judgement = await self.run_sync(linux.find_conflicts, subnet, ours.interface)
                 if judgement.conflicts:
                     problem = f"{subnet} is claimed by others too: {', '.join(map(str, judgement.conflicts))}"
@@ -232,19 +226,26 @@ class LinuxMachine:
                 log.info("link, address and routes are as they should be again")
 
     def _ensure(self, ours: Plan) -> list[Step]:
-        """Restore what is no longer in force. IPv6 may have been switched off meanwhile, which is nobody's mistake."""
-        restored = linux.ensure(ours.of_version(4))
-        if not self.ipv6:
-            return restored
-        problem = ""
-        try:
-            restored += linux.ensure(ours.without(LINK).of_version(6))
-        except NgrokdError as error:
-            problem = str(error)
-        if problem and not self._ipv6_problem:
-            log.warning("the way over IPv6 is closed: %s", problem)
-        self._ipv6_problem = problem
-        return restored
+        """Restore what is no longer in force."""
+        return [*linux.ensure(ours.of_version(4)), *self._ensure_ipv6()]
+
+    def _ensure_ipv6(self) -> list[Step]:
+        """Restore what IPv6 needs, or note why it cannot be. Switching it off and on again is nobody's mistake."""
+        assert self._plan is not None
+        steps = self._plan.only(GUARD, ADDRESS, ROUTE).of_version(6)
+        before, problem = self.ipv6_problem, self._ipv6_obstacle()
+        restored: list[Step] = []
+        if steps and not problem:
+            try:
+                restored = linux.ensure(steps)
+            except NgrokdError as error:
+                problem = str(error)
+        self.ipv6_problem = problem  # read on the loop while this runs in a thread
+        return [] if before or problem else restored
+
+    def _ipv6_obstacle(self) -> str:
+        assert self._plan is not None
+        return missing_for_ipv6(self._mtu, self._plan.interface) if self._wants_ipv6 else ""
 
 
 async def _watch(plan: Plan, on_addresses: Callable[[frozenset[bytes]], None], on_ours: Callable[[], None]) -> None:

@@ -75,7 +75,9 @@ _NLMSG = struct.Struct("=IHHII")
 _NLMSG_ERROR: Final = 2
 _RTM_SETLINK: Final = 19
 _RTM_NEWLINK, _RTM_DELLINK, _RTM_NEWADDR, _RTM_DELADDR, _RTM_NEWROUTE, _RTM_DELROUTE = 16, 17, 20, 21, 24, 25
-_GROUPS: Final = 0x1 | 0x10 | 0x40 | 0x100 | 0x400  # link, IPv4 address and route, IPv6 address and route
+_RTM_NEWRULE, _RTM_DELRULE = 32, 33
+# Link; address, route and rule of IPv4; the same of IPv6.
+_GROUPS: Final = 0x1 | 0x10 | 0x40 | 0x80 | 0x100 | 0x400 | 0x40000
 _RECEIVE_BUFFER: Final = 1 << 20
 _DATAGRAM_MAX: Final = 1 << 17
 _BATCH: Final = 1000
@@ -709,7 +711,7 @@ async def watch(
         on_addresses: the machine's addresses, in the form of `host_addresses`: once before `started`, then after each
             change.
         on_ours: our link, one of its addresses, its route or the guard may have changed: call `ensure`.
-        on_foreign: somebody changed a route or address that lies in our subnet: call `find_conflicts`.
+        on_foreign: somebody changed a rule, or a route or address that lies in our subnet: call `find_conflicts`.
 
     Raises:
         HostError: the socket cannot be made.
@@ -736,6 +738,9 @@ async def watch(
             for kind, raw in seen:
                 if kind in (_RTM_NEWROUTE, _RTM_DELROUTE) and not _long_enough(raw, subnets):
                     continue  # a router may change thousands a second; decoding is what costs
+                if kind in (_RTM_NEWRULE, _RTM_DELRULE):
+                    foreign = True
+                    continue
                 message = decoder.decode(raw)
                 if message is None:
                     continue

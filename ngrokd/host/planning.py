@@ -113,7 +113,7 @@ def expected_subnet6(settings: Settings, *, here: bool) -> tuple[IPv6Network | N
     wanted = settings.net.subnet6
     if wanted == "off":
         return None, ()
-    if here and (missing := missing_for_ipv6(link_mtu(settings, "linux"))):
+    if here and (missing := missing_for_ipv6(link_mtu(settings, "linux"), settings.net.interface)):
         return None, (f"names get no IPv6 addresses: {missing}",)
     if wanted != "auto":
         return IPv6Network(wanted), ()
@@ -142,19 +142,31 @@ def read_subnet6(path: str) -> IPv6Network:
     return network
 
 
-def missing_for_ipv6(mtu: int) -> str:
-    """Why a new link of this machine (Linux) cannot have IPv6 addresses, or ""."""
+def missing_for_ipv6(mtu: int, interface: str) -> str:
+    """Why a link of this machine (Linux) cannot have IPv6 addresses, as far as a look at some files tells, or "".
+
+    Args:
+        mtu: of the link, bytes.
+        interface: its name; one that is not there yet is judged as a new one.
+    """
     if mtu < IPV6_LEAST_MTU:
         return f"net.mtu is {mtu}, and IPv6 needs {IPV6_LEAST_MTU}"
     if not os.path.isdir("/proc/sys/net"):
         return ""  # hidden from us (ProcSubset=pid of systemd): it will be seen when the kernel refuses
+    if not os.path.isdir("/proc/sys/net/ipv6"):
+        return "this kernel has no IPv6"
+    own = _disable_ipv6(interface)
+    if own == "0":
+        return ""  # the other two are copied into it, when "all" is set and when the link is made
     for name in ("all", "default"):
-        try:
-            with open(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6", encoding="ascii") as file:
-                if file.read().strip() != "0":
-                    return f"net.ipv6.conf.{name}.disable_ipv6 is set"
-        except FileNotFoundError:
-            return "this kernel has no IPv6"
-        except OSError:
-            pass
-    return ""
+        if _disable_ipv6(name) not in ("0", ""):
+            return f"net.ipv6.conf.{name}.disable_ipv6 is set"
+    return f"net.ipv6.conf.{interface}.disable_ipv6 is set" if own else ""
+
+
+def _disable_ipv6(name: str) -> str:
+    try:
+        with open(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""

@@ -35,6 +35,7 @@ from ngrokd.endpoints import ALWAYS_DENIED, BadEndpoint, Endpoint, parse_endpoin
 from ngrokd.names.addresses import AddressPool
 from ngrokd.names.directory import Directory
 from ngrokd.names.hosts import DEFAULT_INSTANCE, Survey
+from ngrokd.names.twins import Twins
 
 CONFIRM_FROM: Final = 3
 """From this many endpoints on, an empty listing must be seen twice before anything is removed."""
@@ -277,10 +278,14 @@ def plan(
     return _difference(previous, desired)
 
 
-def rows(desired: Desired) -> Iterator[dict[str, object]]:
+def rows(desired: Desired, twins: Twins | None = None) -> Iterator[dict[str, object]]:
     """What `list` answers: the Go daemon's fields, then ours, one row for each service, sorted by host and port.
 
     They are made one by one: all of 65,000 would take a fifth of a second.
+
+    Args:
+        desired: what is served.
+        twins: the names' IPv6 addresses, None while they have none.
     """
     for service in desired.services:
         yield {
@@ -292,6 +297,7 @@ def rows(desired: Desired) -> Iterator[dict[str, object]]:
             "local_listener": True,
             "network_port": 0,
             "listen_interface": "virtual",
+            "ip6": str(twins.of(service.address)) if twins is not None else "",
             "proto": service.endpoint.proto,
             "name": service.endpoint.name,
             "pool_size": service.pool_size,

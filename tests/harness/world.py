@@ -21,7 +21,9 @@ import trio
 from ngrokd import config
 from ngrokd.config import Settings
 from ngrokd.daemon import Daemon
+from ngrokd.daemon.ipv6 import Answer
 from ngrokd.dataplane import DataPlane
+from ngrokd.host.plan import gateway
 from ngrokd.lab.world import Lab, open_memory_lab
 from ngrokd.names.twins import Twins
 from ngrokd.relay.transport import Transport
@@ -55,7 +57,12 @@ class MemoryMachine:
         self._wall = wall
         self.device, self.app_side = cable
         self.prepared = False
-        self.ipv6 = False
+        self.apps: AppHost | None = None
+        self.twins: Twins | None = None
+        self.ipv6_problem = "nobody has asked for it"
+        self.answers: list[Answer] = []
+        self.knocks = 0
+        self.changed: Callable[[], object] = lambda: None
         self.public: set[str] = set()
 
     def wall(self) -> float:
@@ -97,14 +104,32 @@ class MemoryMachine:
 
         yield none()
 
-    async def is_refused(self, address: str, port: int) -> bool:
-        """There is no kernel here that could lead anybody anywhere."""
-        raise AssertionError(f"nobody was to knock at {address}:{port}")
+    async def knock(self, address: str, port: int) -> Answer:
+        """What the stack at the other end of the cable answers, unless the test has `answers`; the last one stays."""
+        assert not self.ipv6_problem, "nobody was to knock"
+        self.knocks += 1
+        if not self.answers:
+            return await self._really_knock(address, port)
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if answer is Answer.SILENCE:
+            await trio.sleep_forever()
+        await trio.lowlevel.checkpoint()
+        return answer
+
+    async def _really_knock(self, address: str, port: int) -> Answer:
+        assert self.twins is not None
+        assert self.apps is not None
+        try:
+            await self.apps.connect((address, port), source=str(gateway(self.twins.subnet6)))
+        except ConnectionRefusedError:
+            return Answer.REFUSED
+        return Answer.NO_WAY
 
     def prepare(self, settings: Settings, twins: Twins | None = None) -> Device:
         """The daemon's end of the cable."""
         assert not self.prepared
         self.prepared = True
+        self.twins = twins
         return self.device
 
     def reopen(self) -> Device:
@@ -116,11 +141,13 @@ class MemoryMachine:
         self.prepared = False
 
     def addresses(self) -> frozenset[bytes] | None:
-        """The one address of the link."""
-        return frozenset({IPv4Address("10.107.0.1").packed})
+        """The addresses of the link."""
+        ours = {IPv4Address("10.107.0.1").packed}
+        return frozenset(ours if self.twins is None else {*ours, gateway(self.twins.subnet6).packed})
 
     async def watch(self, changed: Callable[[], None]) -> None:
-        """Nobody changes anything."""
+        """Nobody changes anything; a test may call `changed` for somebody."""
+        self.changed = changed
         await trio.sleep_forever()
 
 
@@ -131,6 +158,7 @@ class World:
         clock: the wall clock.
         hosts: path of the hosts file.
         apps: this machine's kernel in miniature, at the other end of the cable.
+        ipv6: whether it has IPv6.
     """
 
     def __init__(self, directory: Path, lab: Lab, clock: WallClock) -> None:
@@ -143,6 +171,7 @@ class World:
         self.daemon: Daemon
         self.machine: MemoryMachine
         self.apps = AppHost(self.cable[1])
+        self.ipv6 = False
 
     @asynccontextmanager
     async def running(self, **sections: dict[str, object]) -> AsyncIterator[Daemon]:
@@ -152,6 +181,9 @@ class World:
         sections.setdefault("api", {}).setdefault("poll_interval", "30s")
         path = self.lab.write_config(self.directory, settings=sections)
         self.machine = MemoryMachine(self.lab, self.clock.now, self.cable)
+        self.machine.apps = self.apps
+        if self.ipv6:
+            self.machine.ipv6_problem = ""
         self.output = io.StringIO()
         self.daemon = Daemon(config.load(str(path), {}), self.machine, environ={}, output=self.output, strict=True)
         async with trio.open_nursery() as nursery:
@@ -159,9 +191,9 @@ class World:
             yield self.daemon
             self.daemon.stop()
 
-    def named(self) -> dict[str, str]:
-        """Host name to address, as the hosts file says."""
-        lines = [line.split() for line in self.hosts.read_text().splitlines() if line.startswith("10.107.")]
+    def named(self, prefix: str = "10.107.") -> dict[str, str]:
+        """Host name to address, as the hosts file says, of addresses that begin so."""
+        lines = [line.split() for line in self.hosts.read_text().splitlines() if line.startswith(prefix)]
         return {name: address for address, name in lines}
 
 

@@ -308,7 +308,7 @@ def test_killed_at_any_moment_it_leaves_nothing_to_the_run_after(stage: Stage) -
     assert stage.hosts() == hosts
     assert {path.name for path in stage.directory.rglob("*") if path.is_file()} == {
         *("config.toml", "lab-ca.pem"),
-        *("operator_id", "tls.key", "tls.crt", "ip_mappings.json", "addresses.json", "endpoints.json"),
+        *("operator_id", "tls.key", "tls.crt", "ip_mappings.json", "addresses.json", "endpoints.json", "subnet6"),
     }
 
 

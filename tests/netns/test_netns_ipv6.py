@@ -40,7 +40,7 @@ def stage(netns: Callable[[], Namespace]) -> Iterator[Callable[[], Stage]]:
         ns = netns()
         if ns.run(["sh", "-c", "cat /proc/sys/net/ipv6/conf/all/disable_ipv6 || echo 1"]).stdout.strip() != "0":
             pytest.skip("this kernel has no IPv6")
-        made.append(Stage(ns, "--demo", "--set", 'net.subnet6="auto"'))
+        made.append(Stage(ns, "--demo"))
         return made[-1]
 
     yield make
@@ -107,16 +107,29 @@ def test_a_restart_keeps_the_addresses_and_an_end_leaves_none(stage: Callable[[]
 
 
 def test_a_machine_without_ipv6_loses_nothing_else(stage: Callable[[], Stage]) -> None:
+    """Switched off before the start, for good or not: when it comes, the names have it too."""
     play = stage()
+    before, hosts = play.network(), play.hosts()
     set_ipv6(play, "all", 1)
     daemon = play.start()
 
     assert len(addresses(play)) == 1
     assert play.status()["subnet6"] == ""
+    assert play.status()["network"]["ipv6_problem"] == "net.ipv6.conf.all.disable_ipv6 is set"
     assert play.status()["state"] == "ready"
     assert daemon.stderr.count("IPv6") == 1
     assert play.ns.run(["curl", "-sS", "-m", "10", "http://hello.demo/"]).stdout
+
+    set_ipv6(play, "all", 0)
+    until(lambda: len(addresses(play)) == 2)
+    assert play.ns.run(["curl", "-sS", "-m", "10", "-6", "http://hello.demo/"]).stdout
+    assert "restored" not in daemon.stderr, "nobody has changed anything of ours"
+    set_ipv6(play, "all", 1)
+    until(lambda: len(addresses(play)) == 1)
     assert play.stop() == 0
+    set_ipv6(play, "all", 0)
+    assert play.network() == before
+    assert play.hosts() == hosts
 
 
 def test_lines_follow_the_way(stage: Callable[[], Stage]) -> None:
@@ -137,12 +150,33 @@ def test_lines_follow_the_way(stage: Callable[[], Stage]) -> None:
     assert play.ns.run(["curl", "-sS", "-m", "10", "-6", "http://hello.demo/"]).stdout
 
 
+def test_a_way_that_leads_elsewhere_is_not_named(stage: Callable[[], Stage]) -> None:
+    """Address and route are as they should be, and still nobody would arrive: a rule, as VPNs make them, says so."""
+    play = stage()
+    play.start()
+    wanted, network = addresses(play), play.status()["subnet6"]
+    play.ns.run(["ip", "-6", "route", "add", "unreachable", network, "table", "99"])
+
+    for what in ("unreachable", "blackhole", "prohibit", "lookup 99"):
+        rule = ["to", network, "pref", "100", *what.split()]
+        play.ns.run(["ip", "-6", "rule", "add", *rule])
+        until(lambda: len(addresses(play)) == 1)
+        play.ns.run(["ip", "-6", "rule", "del", *rule])
+        until(lambda: addresses(play) == wanted)
+    play.ns.run(["ip", "-6", "rule", "add", *rule])
+    until(lambda: len(addresses(play)) == 1)
+    assert play.status()["network"]["ipv6_problem"] == f"the kernel does not lead {network} to us"
+    assert play.status()["state"] == "ready"
+    assert play.ns.run(["curl", "-sS", "-m", "10", "http://hello.demo/"]).stdout
+
+
 def test_it_can_be_configured_or_switched_off(stage: Callable[[], Stage]) -> None:
+    """A link that is too small for IPv6 (RFC 8200 5) has none: the kernel takes it away without a word."""
     play = stage()
     text = Path(play.lab.config).read_text()
-    for subnet6, wanted in (('"fd12:3456::/112"', "fd12:3456::2"), ('"off"', "")):
+    for subnet6, wanted in (('"fd12:3456::/112"', "fd12:3456::2"), ('"off"', ""), ('"auto"\nmtu = 1279', "")):
         config = play.directory / "other.toml"
-        config.write_text(text.replace('subnet6 = "auto"', f"subnet6 = {subnet6}"))
+        config.write_text(f"{text}\n[net]\nsubnet6 = {subnet6}\n")
         play.start(config=str(config))
         found = [address for line in play.hosts().splitlines() if ":" in (address := line.partition("\t")[0])]
         assert (wanted in found) if wanted else not [address for address in found if address.startswith("fd")]

@@ -121,7 +121,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
             "mode": "auto",
             "interface": "ngrokd0",
             "subnet": "10.107.0.0/16",
-            "subnet6": "off",
+            "subnet6": "auto",
             "mtu": 0,
             "offload": True,
             "allow_sources": [],

@@ -6,6 +6,7 @@ import gc
 import json
 import random
 import time
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from ngrokd.names.reconcile import (
     plan,
     rows,
 )
+from ngrokd.names.twins import Twins
 
 HOSTILE: list[dict[str, Any]] = json.loads((Path(__file__).parent.parent / "hostile_endpoints.json").read_bytes())
 FREE = denied()
@@ -418,11 +420,14 @@ def test_rows_have_the_go_daemons_fields_first() -> None:
         "local_listener": True,
         "network_port": 0,
         "listen_interface": "virtual",
+        "ip6": "",
         "proto": "tcp",
         "name": "db",
         "pool_size": 2,
         "flags": [],
     }
+    (row,) = rows(made.desired, Twins(IPv4Network("10.107.0.0/16"), IPv6Network("fd00:1::/64")))
+    assert row["ip6"] == "fd00:1::a6b:2"
 
 
 # The last known state
