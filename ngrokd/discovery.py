@@ -52,7 +52,7 @@ from ngrokd.cloud.identity import (
     next_step,
 )
 from ngrokd.config import Settings
-from ngrokd.endpoints import Credentials
+from ngrokd.endpoints import Credentials, Endpoint
 from ngrokd.errors import ApiError, NgrokdError, StateError
 from ngrokd.host.hostsfile import HostsFileError, edit_hosts, fingerprint, read_hosts, remove_stale_hosts
 from ngrokd.names import hosts, reconcile
@@ -61,6 +61,7 @@ from ngrokd.names.directory import Directory
 from ngrokd.names.hosts import HostsRefused
 from ngrokd.names.reconcile import Desired, LastKnown, Plan
 from ngrokd.names.twins import Twins
+from ngrokd.ops.events import Events
 
 log = logging.getLogger("ngrokd.discovery")
 
@@ -79,8 +80,8 @@ RETRY_S: Final = 30.0
 HOSTS_LOOK_S: Final = 2.0
 HOSTS_LOOK_SLOWLY_S: Final = 60.0
 HOSTS_TRIES: Final = 3
-# Of endpoints that are newly skipped in one poll, so many get a line each: 65,000 would be a second of logging.
-SKIPPED_LOGGED: Final = 50
+# Of endpoints that come, go or are skipped in one poll, so many get a line each: 65,000 would be a second of logging.
+ENDPOINTS_TOLD: Final = 50
 
 
 class RunSync(Protocol):
@@ -109,6 +110,7 @@ class Knowledge:
         state_problem: why something could not be saved in the state directory, "" when all is saved.
         renewal_problem: why the certificate could not be renewed, "" when it could or need not.
         from_last_known: what is served was read from disk and not yet confirmed.
+        poll_results: how many rounds of asking ended "ok", "failed" (which may pass) and "refused".
     """
 
     waiting_for_key: bool = False
@@ -127,6 +129,7 @@ class Knowledge:
     from_last_known: bool = False
     polls: int = 0
     failures: int = 0
+    poll_results: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("ok", "failed", "refused"), 0))
 
 
 class Discovery:
@@ -145,6 +148,7 @@ class Discovery:
         machine_names: what this machine calls itself.
         twins: the names' IPv6 addresses, None when they have none.
         rng: for jitter.
+        events: told what happens.
 
     Attributes:
         name_twins: whether the hosts file shall hold IPv6 lines; see `name_over_ipv6`.
@@ -168,6 +172,7 @@ class Discovery:
         machine_names: Sequence[str] = (),
         twins: Twins | None = None,
         rng: random.Random | None = None,
+        events: Events | None = None,
     ) -> None:
         self.settings = settings
         self.known = Knowledge()
@@ -186,6 +191,7 @@ class Discovery:
         self._naming = trio.Lock()
         self._backoff = Backoff()
         self._rng = rng or random.Random()
+        self._events = events if events is not None else Events(wall)
         self._identity = StoredIdentity()
         self._pool: AddressPool
         self._listing = b""  # the mark of the last one that was applied
@@ -331,7 +337,7 @@ class Discovery:
         known = self.known
         if not self._has_key():
             if not known.waiting_for_key:
-                log.warning("there is no API key yet; set one with: sudo ngrokd set-api-key")
+                self._events.emit("api.key_missing", "there is no API key yet; set one with: sudo ngrokd set-api-key")
             known.waiting_for_key = True
             return math.inf
         known.waiting_for_key = False
@@ -345,8 +351,9 @@ class Discovery:
         except (ApiError, StateError) as error:
             return self._failed(error, trio.current_time() - started)
         self._backoff.reset()
+        known.poll_results["ok"] += 1
         if known.problem:
-            log.info("the API answers again")
+            self._events.emit("api.recovered", "the API answers again")
         known.problem = known.remedy = ""
         known.auth_failed = False
         return await self._take(listing)
@@ -356,19 +363,23 @@ class Discovery:
         known = self.known
         known.failures += 1
         known.auth_failed = isinstance(error, KeyRefusedError)
+        trouble = trouble_of(error) if isinstance(error, ApiError) else Trouble.PASSING
+        known.poll_results["refused" if trouble is Trouble.REFUSED else "failed"] += 1
         if str(error) != known.problem:
-            log.warning("%s%s", error, f"; {error.remedy}" if error.remedy else "")
+            text = f"{error}; {error.remedy}" if error.remedy else str(error)
+            self._events.emit("api.failed", text, reason=str(error))
         known.problem, known.remedy = str(error), error.remedy
         if isinstance(error, OperatorGoneError) and known.operator_id:
             # The operator was deleted at ngrok. The next round registers another one; addresses and names stay. That
             # round waits as after any failure: an API that denies each new operator must not get one every second.
-            log.warning("operator %s is gone at ngrok; registering again", known.operator_id)
+            text = f"operator {known.operator_id} is gone at ngrok; registering again"
+            self._events.emit("operator.gone", text, operator=known.operator_id)
             self._identity = replace(self._identity, operator_id="")
             known.operator_id = ""
         return self._backoff.next_delay(
             trio.current_time(),
             self._rng,
-            trouble=trouble_of(error) if isinstance(error, ApiError) else Trouble.PASSING,
+            trouble=trouble,
             retry_after_s=error.retry_after_s if isinstance(error, ApiError) else None,
             took_s=took_s,
         )
@@ -394,7 +405,8 @@ class Discovery:
             if decision.step is Step.REGISTER or not decision.usable:
                 raise
             if str(error) != known.renewal_problem:
-                log.warning("the certificate could not be renewed: %s", error)
+                text = f"the certificate could not be renewed: {error}"
+                self._events.emit("certificate.failed", text, reason=str(error))
             known.renewal_problem = str(error)
             return
         self._force_renewal = False
@@ -420,7 +432,9 @@ class Discovery:
             if isinstance(error, StateError):
                 raise
             raise ApiError(f"ngrok's answer holds no certificate that fits our key: {error}") from error
-        log.info("operator %s, certificate valid until %s", operator.id, _day(credentials.not_after))
+        day = _day(credentials.not_after)
+        text = f"operator {operator.id}, certificate valid until {day}"
+        self._events.emit("operator.registered", text, operator=operator.id, not_after=day)
         return operator
 
     async def _look_at_operator(self) -> None:
@@ -506,12 +520,7 @@ class Discovery:
         Orders to the data plane are given here, on the loop; files are written where `run_sync` runs.
         """
         known, before, after = self.known, self.known.desired, plan.desired
-        if plan:
-            log.info("endpoints: %s", plan.summary())
-        for skipped in plan.skipped[:SKIPPED_LOGGED]:
-            log.warning("not served: %s %s: %s", skipped.id, skipped.url, skipped.reason)
-        if len(plan.skipped) > SKIPPED_LOGGED:
-            log.warning("not served: %d more; status lists them all", len(plan.skipped) - SKIPPED_LOGGED)
+        self._tell_changes(plan)
         if after.without_address and after.without_address != before.without_address:
             log.error("%s", self._pool.shortage())
         await self._run_sync(self._save_addresses)
@@ -525,6 +534,30 @@ class Discovery:
             await self._publish(after.directory)
         if plan or known.from_last_known or not self._endpoints_saved:
             await self._run_sync(self._save_endpoints)
+
+    def _tell_changes(self, plan: Plan) -> None:
+        """An event for the whole, and one for each, of so many as somebody may want to read."""
+        emit = self._events.emit
+        if plan:
+            emit(
+                "endpoints.changed",
+                f"endpoints: {plan.summary()}",
+                added=len(plan.added),
+                removed=len(plan.removed),
+                changed=len(plan.changed),
+                skipped=len(plan.skipped),
+                served=len(plan.desired.services),
+            )
+        for service in plan.added[:ENDPOINTS_TOLD]:
+            endpoint = service.endpoint
+            emit("endpoint.added", f"served: {endpoint.url}", endpoint=_door(endpoint), address=str(service.address))
+        for service in plan.removed[:ENDPOINTS_TOLD]:
+            emit("endpoint.removed", f"not served any more: {service.endpoint.url}", endpoint=_door(service.endpoint))
+        for skipped in plan.skipped[:ENDPOINTS_TOLD]:
+            text = f"not served: {skipped.reason}"
+            emit("endpoint.skipped", text, endpoint=skipped.url, id=skipped.id, reason=skipped.reason)
+        if len(plan.skipped) > ENDPOINTS_TOLD:
+            log.warning("not served: %d more; status lists them all", len(plan.skipped) - ENDPOINTS_TOLD)
 
     def _save_addresses(self) -> None:
         if self._pool.generation != self._saved_generation:
@@ -590,7 +623,8 @@ class Discovery:
             self._hosts_print = mark
         except (HostsFileError, HostsRefused) as error:
             if str(error) != known.hosts_problem:
-                log.warning("%s%s", error, f"; {error.remedy}" if error.remedy else "")
+                text = f"{error}; {error.remedy}" if error.remedy else str(error)
+                self._events.emit("hosts.failed", text, reason=str(error))
             known.hosts_problem = str(error)
         else:
             known.hosts_problem = ""
@@ -621,6 +655,10 @@ def _servers(settings: Settings, ingress_endpoint: str) -> list[str]:
     """Host names that the daemon itself must reach, and so must not take over."""
     url = settings.api.url.partition("://")[2]
     return [_host(text) for text in (url, settings.ingress.address, ingress_endpoint) if text]
+
+
+def _door(endpoint: Endpoint) -> str:
+    return f"{endpoint.host}:{endpoint.port}"
 
 
 def _host(address: str) -> str:

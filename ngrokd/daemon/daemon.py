@@ -35,11 +35,13 @@ from typing import Any, Final, Protocol, TextIO
 
 import trio
 
-from ngrokd import __version__, config, files
+from ngrokd import __version__, config, core_is_compiled, files
 from ngrokd.cloud.api import NgrokApi, api_ssl_context
 from ngrokd.cloud.identity import IdentityStore
 from ngrokd.config import Settings
 from ngrokd.daemon.ipv6 import FIRST_KNOCK_S, KNOCK_PORT, KNOCK_S, Answer, Way
+from ngrokd.daemon.observing import Facts, Observing
+from ngrokd.daemon.pulse import Pulse
 from ngrokd.daemon.shadows import flag_public_names
 from ngrokd.daemon.subnet6 import choose_twins
 from ngrokd.daemon.traffic import Traffic
@@ -65,9 +67,18 @@ from ngrokd.names import reconcile
 from ngrokd.names.directory import Directory
 from ngrokd.names.twins import Twins
 from ngrokd.ops.control import Command, ControlError, ControlServer, ControlSocket
+from ngrokd.ops.events import Events
 from ngrokd.ops.notify import Notifier
 from ngrokd.ops.peers import Peer
-from ngrokd.ops.web import EndpointHealth, Health, HttpListener, WebServer, format_time, status_document
+from ngrokd.ops.web import (
+    Condition,
+    EndpointHealth,
+    Health,
+    HttpListener,
+    WebServer,
+    format_time,
+    status_document,
+)
 from ngrokd.relay.handler import FlowEvent
 from ngrokd.relay.stock import PoolSettings
 from ngrokd.relay.transport import Transport
@@ -89,6 +100,9 @@ RESOLVE_TIMEOUT_S: Final = 5.0
 RESERVED_DESCRIPTORS: Final = 64
 # How long a start that has last known endpoints waits for the API before it says that it is ready (docs/adr/0010).
 READY_WAIT_S: Final = 0.7
+# How long the pool may take for its first handshake before we make one of our own, and how often that is tried again.
+INGRESS_PROOF_S: Final = 1.0
+INGRESS_PROOF_AGAIN_S: Final = 30.0
 # The Go daemon's set-api-key came back when the registration was over; so does ours, but not for ever.
 COMMAND_WAIT_S: Final = 20.0
 
@@ -216,10 +230,17 @@ class Daemon:
         self._way = Way()
         self._look_at_ipv6 = trio.Event()
         self._ipv6_problem = ""
+        self._device_restarts = 0
+        self._ingress_verified = False
+        self._ingress_unproven = ""
+        self._web: WebServer | None = None
         self.ready = trio.Event()
-        self.traffic = Traffic()
+        self.events = Events(machine.wall)
+        self.traffic = Traffic(self.events)
         self.plane: Plane
         self.discovery: Discovery
+        self.observing: Observing
+        self._control: ControlServer
         self.commands: dict[str, Command] = {
             "status": Command(self._status_command),
             "list": Command(self._list_command),
@@ -328,7 +349,29 @@ class Daemon:
             run_sync=machine.run_sync,
             machine_names=machine.names,
             twins=self._twins,
+            events=self.events,
         )
+        self._pulse = Pulse(self.events, self.plane.counters, self.plane.in_force)
+        self.observing = Observing(
+            self.plane,
+            self.discovery,
+            self.traffic,
+            self.events,
+            self._pulse,
+            machine,
+            Facts(
+                state=lambda: self.state,
+                conditions=self.conditions,
+                problems=lambda: self.problems,
+                restarts=lambda: {"device": self._device_restarts},
+                control=lambda: self._control.counters(),
+                web=lambda: self._web.counters() if self._web is not None else {},
+            ),
+            twins=self._twins,
+            log_control=self._log_control,
+            started_at=self._started_wall,
+        )
+        self._control = ControlServer({**self.commands, **self.observing.commands()}, strict=self._strict)
         self.plane.tell(self._anchors(settings))
         self._tell_sources()
 
@@ -354,14 +397,18 @@ class Daemon:
     async def _serve(self, control: ControlSocket, web: HttpListener | None) -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._run_plane)
-            await nursery.start(ControlServer(self.commands, strict=self._strict).serve, control)
+            await nursery.start(self._control.serve, control)
             if web is not None:
-                server = WebServer(web.host, self.health, self.endpoint_health, strict=self._strict)
-                await nursery.start(server.serve, web)
+                page = self.observing.page
+                self._web = WebServer(web.host, self.health, self.endpoint_health, page, strict=self._strict)
+                await nursery.start(self._web.serve, web)
             nursery.start_soon(self.machine.watch, self._machine_changed)
             nursery.start_soon(self._replace_devices)
             nursery.start_soon(self._keep_watchdog)
+            nursery.start_soon(self._pulse.run)
+            nursery.start_soon(self.observing.keep_log_level)
             self._serving = True
+            self.events.emit("daemon.started", f"ngrokd {__version__} serves", version=__version__, pid=os.getpid())
             self._notifier.ready("waiting for the endpoints")
             try:
                 await self._name_endpoints()
@@ -383,13 +430,15 @@ class Daemon:
             nursery.start_soon(self._keep_ipv6)
             nursery.start_soon(self._keep_ingress_addresses)
             nursery.start_soon(self.discovery.run)
+            nursery.start_soon(self._prove_ingress)
             nursery.start_soon(self._say_ready)
             nursery.start_soon(self._keep_status)
             ours = [self._twins.subnet6] if self._twins is not None else []
             subnet = IPv4Network(self.settings.net.subnet)
             nursery.start_soon(partial(flag_public_names, self.discovery, self.machine.resolve, subnet, *ours))
             await self._stopping.wait()
-            log.info("stopping: new connections are refused, %d live", self.plane.flow_count)
+            live = self.plane.flow_count
+            self.events.emit("daemon.stopping", f"stopping: new connections are refused, {live} live", flows=live)
             self._notifier.stopping(f"draining {self.plane.flow_count} connections")
             nursery.cancel_scope.cancel()
 
@@ -456,6 +505,7 @@ class Daemon:
         net = self.settings.net
         count = len(discovery.known.desired.services)
         self.ready.set()
+        self.events.emit("daemon.ready", f"ready: {count} endpoints are served", endpoints=count)
         self._notifier.status(self._summary())
         try:
             print(
@@ -517,13 +567,14 @@ class Daemon:
                 self.traffic.note(report, self.machine.wall())
             case CaFound(pem):
                 self._found_ca = pem
-                log.info("the ingress presented ngrok's CA, known by its fingerprint; kept as %s", INGRESS_CA)
+                text = f"the ingress presented ngrok's CA, known by its fingerprint; kept as {INGRESS_CA}"
+                self.events.emit("ingress.ca_found", text)
                 try:
                     files.atomic_write(os.path.join(self.settings.state.directory, INGRESS_CA), pem, 0o644)
                 except StateError as error:
                     log.warning("%s", error)
             case DeviceLost(message):
-                log.warning("the interface is gone (%s); making it again", message)
+                self.events.emit("tun.lost", f"the interface is gone ({message}); making it again", reason=message)
                 self._device_lost.set()
 
     async def _replace_devices(self) -> None:
@@ -536,6 +587,8 @@ class Daemon:
                 try:
                     self.plane.replace_device(self.machine.reopen())
                     self._network_problem = ""
+                    self._device_restarts += 1
+                    self.events.emit("tun.restored", "the interface is there again")
                     break
                 except NgrokdError as error:
                     self._network_problem = f"the interface is gone: {error}"
@@ -577,7 +630,7 @@ class Daemon:
                 addresses = await self.machine.resolve(host, port)
         except (OSError, ValueError, trio.TooSlowError) as error:
             self._ingress_problem = f"cannot look up the ingress {host}: {str(error) or 'no answer'}"
-            log.warning("%s", self._ingress_problem)
+            self.events.emit("ingress.unresolved", self._ingress_problem, reason=self._ingress_problem)
             delay = RESOLVE_AGAIN_S
             # The last good addresses go on being used: a name server's outage is not the ingress's.
             same = self._ingress_told is not None and self._ingress_told[0] == host
@@ -588,6 +641,23 @@ class Daemon:
         self._ingress_told = (host, port)
         self.plane.tell(Reach(host, port, addresses))
         return delay
+
+    async def _prove_ingress(self) -> None:
+        """See to it that a handshake with the ingress is verified: one that is made anyway, or one of ours."""
+        while self._ingress_told is None:
+            await self._ingress_looked_up.wait()
+        wait_s = INGRESS_PROOF_S
+        while True:
+            await trio.sleep(wait_s)
+            await self.plane.in_force()
+            if not self.plane.counters().get("pool.dials"):
+                self._ingress_unproven = (await self.plane.probe("", 0)).problem
+            if self.plane.counters().get("pool.dials"):
+                break
+            wait_s = min(wait_s * 2, INGRESS_PROOF_AGAIN_S)
+        self._ingress_verified = True
+        self._ingress_unproven = ""
+        self.events.emit("ingress.verified", "a handshake with the ingress was verified")
 
     def _ingress_address(self) -> tuple[str, int]:
         """Host and port: configured, else what the API said, else ngrok's."""
@@ -608,7 +678,24 @@ class Daemon:
         return self.status()
 
     async def _list_command(self, _arguments: list[str], _peer: Peer | None) -> Iterator[dict[str, object]]:
-        return reconcile.rows(self.discovery.known.desired, self._twins if self.discovery.name_twins else None)
+        desired = self.discovery.known.desired
+        twins = self._twins if self.discovery.name_twins else None
+        return (
+            row | self._seen(service)
+            for service, row in zip(desired.services, reconcile.rows(desired, twins), strict=True)
+        )
+
+    def _seen(self, service: reconcile.Service) -> dict[str, object]:
+        """What the data plane has seen of a service."""
+        seen = self.traffic.of(service.endpoint.host, service.endpoint.port)
+        return {
+            "state": seen.state,
+            "last_dial_at": _when(seen.last_dial or 0),
+            "consecutive_failures": seen.failures,
+            "problem": seen.problem,
+            "flows": seen.live,
+            "total_flows": seen.total,
+        }
 
     async def _version_command(self, _arguments: list[str], _peer: Peer | None) -> dict[str, object]:
         return {"version": __version__, "python": sys.version.split()[0], "pid": os.getpid()}
@@ -678,8 +765,8 @@ class Daemon:
             merged = config.merge_live(self.settings, fresh)
             anchors = self._anchors(merged)
         except ConfigError as error:
-            for line in ("the configuration was not reloaded:", *str(error).splitlines()):
-                log.error("%s", line)
+            for line in str(error).splitlines():
+                self.events.emit("config.refused", f"the configuration was not reloaded: {line}", reason=line)
             raise
         finally:
             self._notifier.ready()
@@ -687,13 +774,15 @@ class Daemon:
         self.settings = self.discovery.settings = merged
         if self._log_control is not None:
             self._log_control.set_level(self.settings.log.level)
+            self.observing.usual_level = self.settings.log.level
             self._log_control.set_format(self.settings.log.format)
         self._find_key()
         self.plane.tell(anchors)
         self._tell_sources()
         self._resolve_now.set()
         self.discovery.poke()
-        log.info("configuration reloaded; changed: %s", ", ".join(live) or "nothing")
+        text = f"configuration reloaded; changed: {', '.join(live) or 'nothing'}"
+        self.events.emit("config.reloaded", text, changed=list(live), needs_restart=list(restart))
         if restart:
             log.warning("these changes need a restart: %s", ", ".join(restart))
         return {"changed": list(live), "needs_restart": list(restart)}
@@ -702,7 +791,7 @@ class Daemon:
 
     @property
     def state(self) -> str:
-        """One word: starting, waiting_for_key, ready, degraded or stopping."""
+        """One word: starting, waiting_for_key, ready, degraded, paused or stopping."""
         known = self.discovery.known
         if self._stopping.is_set():
             return "stopping"
@@ -710,6 +799,8 @@ class Daemon:
             return "waiting_for_key"
         if not self.ready.is_set():
             return "starting"
+        if self.observing.paused:
+            return "paused"
         return "degraded" if self.problems else "ready"
 
     @property
@@ -722,19 +813,25 @@ class Daemon:
         found = [*api, self._ingress_problem, *files_here, full, *network]
         return [problem for problem in found if problem]
 
-    @property
-    def is_ready(self) -> bool:
-        """The ready line was printed, and the daemon is not stopping."""
-        return self.ready.is_set() and not self._stopping.is_set()
+    def conditions(self) -> tuple[Condition, ...]:
+        """What must be so for connections to be likely to work, and whether it is."""
+        hosts_problem = self.discovery.known.hosts_problem
+        tun = self._network_problem or self.plane.problem
+        waiting = "" if self.ready.is_set() else "waiting for the endpoints"
+        unproven = "" if self._ingress_verified else self._ingress_unproven or "no handshake yet"
+        ingress = unproven or self.plane.ingress_problem
+        refusing = "stopping" if self._stopping.is_set() else "paused" if self.observing.paused else ""
+        return (
+            Condition("tun", not tun, tun, vital=True),
+            Condition("routes", not self.machine.problem, self.machine.problem, vital=True),
+            Condition("names", not (waiting or hosts_problem), waiting or hosts_problem),
+            Condition("ingress", not ingress, ingress),
+            Condition("accepting", not refusing, refusing),
+        )
 
     def health(self) -> Health:
         """How we are, for probes."""
-        return Health(
-            endpoints=len(self.discovery.known.desired.services),
-            ready=self.is_ready,
-            started_at=self._started_wall,
-            uptime_s=trio.current_time() - self._started_at,
-        )
+        return Health(self.conditions(), self._started_wall, trio.current_time() - self._started_at)
 
     def endpoint_health(self) -> Iterator[tuple[str, EndpointHealth]]:
         """Each service with the id of the endpoint that stands for it, made one by one."""
@@ -768,6 +865,7 @@ class Daemon:
         return answer | {
             "state": self.state,
             "version": __version__,
+            "compiled": core_is_compiled(),
             "pid": os.getpid(),
             "started_at": _when(self._started_wall),
             "uptime_s": round(trio.current_time() - self._started_at, 3),
@@ -811,7 +909,10 @@ class Daemon:
             "flows": self.plane.flow_count,
             "pool": self.plane.describe_pool(),
             "workers": self.plane.describe_workers(),
-            "counters": self.plane.counters(),
+            # Buckets of histograms are for /metrics.
+            "counters": {name: count for name, count in self.plane.counters().items() if "#" not in name},
+            "conditions": {each.name: {"ok": each.holds, "message": each.message} for each in self.conditions()},
+            "paused": self.observing.paused,
         }
 
 

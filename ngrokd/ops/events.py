@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -84,7 +85,7 @@ KINDS: Final[Mapping[str, Kind]] = {
     ),
     "hosts.failed": Kind(logging.WARNING, ("reason",), "The names cannot be written into the hosts file."),
     "ingress.unresolved": Kind(logging.WARNING, ("reason",), "The ingress's name cannot be looked up."),
-    "ingress.verified": Kind(logging.INFO, ("tls",), "The first verified handshake with the ingress."),
+    "ingress.verified": Kind(logging.INFO, (), "The first verified handshake with the ingress."),
     "ingress.ca_found": Kind(logging.INFO, (), "The ingress presented ngrok's CA, known by its fingerprint."),
     "tun.lost": Kind(logging.WARNING, ("reason",), "The interface is gone; it is made again."),
     "tun.restored": Kind(logging.INFO, (), "The interface is there again; live flows go on."),
@@ -134,11 +135,12 @@ class Event:
 
 
 class Events:
-    """The last KEPT events. For one thread, the event loop's."""
+    """The last KEPT events. Any thread may emit; the event loop's reads."""
 
     def __init__(self, wall: Callable[[], float] = time.time, *, kept: int = KEPT) -> None:
         self._wall = wall
         self._kept: deque[Event] = deque(maxlen=kept)
+        self._lock = threading.Lock()
         self.last = 0
 
     def emit(self, name: str, message: str = "", **fields: object) -> None:
@@ -148,8 +150,9 @@ class Events:
         """
         kind = KINDS[name]
         assert all(field in fields for field in kind.fields), f"{name} needs {kind.fields}, got {tuple(fields)}"
-        self.last += 1
-        self._kept.append(Event(self.last, self._wall(), name, message, fields))
+        with self._lock:
+            self.last += 1
+            self._kept.append(Event(self.last, self._wall(), name, message, fields))
         logger = logging.getLogger(f"ngrokd.{name.partition('.')[0]}")
         if logger.isEnabledFor(kind.level):
             extra = {"event": name, "rate_key": name, **fields}
@@ -157,11 +160,12 @@ class Events:
 
     def after(self, number: int, most: int = KEPT) -> list[Event]:
         """The oldest `most` events after this number that are still kept. A gap before the first one: it was missed."""
-        behind = self.last - number
-        if behind <= 0:
-            return []
-        skipped = max(0, len(self._kept) - behind)
-        return list(islice(self._kept, skipped, skipped + most))
+        with self._lock:
+            behind = self.last - number
+            if behind <= 0:
+                return []
+            skipped = max(0, len(self._kept) - behind)
+            return list(islice(self._kept, skipped, skipped + most))
 
 
 def markdown() -> Iterator[str]:

@@ -1,11 +1,13 @@
 """Health checks over HTTP, as the Go daemon answers them, so that probes and dashboards need no change.
 
-    GET /health  /healthz   200 "healthy"  when at least one endpoint is served, else 503 "unhealthy"
-    GET /ready   /readyz    200 "ready"    when the endpoints known are served and named, else 503 "not ready"
-    GET /status             200, JSON
+    GET /health  /healthz   200 "healthy"  while packets are carried, else 503 "unhealthy"
+    GET /ready   /readyz    200 "ready"    when all conditions hold, else 503 "not ready"
+    GET /status             200, JSON: the Go daemon's fields, and each condition
+    GET /metrics            200, for Prometheus
 
-A daemon whose account has no bound endpoint is therefore ready and not healthy: "healthy" means that there is something
-to reach through it, which is the contract that existing probes were written for.
+Unlike the Go daemon, one whose account has no bound endpoint is healthy: it does what it can do, and a container killed
+for having nothing to do comes back with nothing to do. Ready means that connections are likely to work: device,
+routes and names stand, and a handshake with the ingress was verified.
 
 Nothing here changes anything, but names and addresses are nobody's business: a page in a browser on this machine could
 ask us under a name of its own that resolves to 127.0.0.1 (DNS rebinding). Such a request carries that name in its Host
@@ -19,7 +21,7 @@ import ipaddress
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -30,7 +32,7 @@ import trio
 from ngrokd import http1
 from ngrokd.config import split_address
 from ngrokd.errors import Exit, NgrokdError, PermissionMissingError, TakenError
-from ngrokd.metrics import Counters
+from ngrokd.metrics import CONTENT_TYPE, Counters
 from ngrokd.ops.accepting import accept
 from ngrokd.ops.answers import Members, json_pieces
 from ngrokd.ops.peers import port_owner
@@ -50,25 +52,45 @@ class ListenError(NgrokdError):
 
 
 @dataclass(frozen=True, slots=True)
+class Condition:
+    """One thing that must be so for the daemon to be ready.
+
+    Attributes:
+        name: one word.
+        holds: it is so.
+        message: why not, or what is awaited; "" when it holds.
+        vital: without it the daemon is not even healthy.
+    """
+
+    name: str
+    holds: bool
+    message: str = ""
+    vital: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Health:
     """How the daemon is.
 
     Attributes:
-        endpoints: how many are served.
-        ready: those that are known are served and named.
+        conditions: of readiness.
         started_at: wall clock, seconds since 1970.
         uptime_s: seconds since then.
     """
 
-    endpoints: int
-    ready: bool
+    conditions: tuple[Condition, ...]
     started_at: float
     uptime_s: float
 
     @property
+    def ready(self) -> bool:
+        """Every condition holds."""
+        return all(each.holds for each in self.conditions)
+
+    @property
     def healthy(self) -> bool:
-        """The Go daemon's meaning: there is something to reach."""
-        return self.endpoints > 0
+        """Every vital condition holds."""
+        return all(each.holds for each in self.conditions if each.vital)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +148,7 @@ def status_document(health: Health, endpoints: Endpoints) -> dict[str, object]:
         "uptime": format_go_duration(health.uptime_s),
         "endpoints": Members(_endpoint_members(endpoints)),
         "start_time": format_time(health.started_at),
+        "conditions": {each.name: {"ok": each.holds, "message": each.message} for each in health.conditions},
     }
 
 
@@ -185,7 +208,8 @@ class WebServer:
         listen_host: the host part of `http.listen`.
         health: how we are; cheap, it is asked by every probe.
         endpoints: all of them with their ids, best one by one; asked only for `/status`.
-        strict: let a bug in those two rise instead of ending only its connection: for tests.
+        metrics: the page for Prometheus.
+        strict: let a bug in those rise instead of ending only its connection: for tests.
     """
 
     def __init__(
@@ -193,18 +217,23 @@ class WebServer:
         listen_host: str,
         health: Callable[[], Health],
         endpoints: Callable[[], Endpoints],
+        metrics: Callable[[], Awaitable[str]],
         *,
         strict: bool = False,
     ) -> None:
         self._listen_host = listen_host
         self._health = health
         self._endpoints = endpoints
+        self._metrics = metrics
         self._strict = strict
         self._connections = 0
         self.counters = Counters(("requests", "misdirected", "turned_away"))
         routes = {"/health": self._healthy, "/healthz": self._healthy, "/ready": self._ready, "/readyz": self._ready}
         self._routes = http1.Routes(
-            {path: {"GET": handler} for path, handler in (routes | {"/status": self._status}).items()}
+            {
+                path: {"GET": handler}
+                for path, handler in (routes | {"/status": self._status, "/metrics": self._page}).items()
+            }
         )
 
     async def serve(
@@ -259,6 +288,9 @@ class WebServer:
             body += piece
             await trio.lowlevel.checkpoint()
         return http1.Response(200, (("content-type", "application/json"),), bytes(body))
+
+    async def _page(self, _request: http1.Request) -> http1.Response:
+        return http1.Response(200, (("content-type", CONTENT_TYPE),), (await self._metrics()).encode())
 
 
 class HttpListener:

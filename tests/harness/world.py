@@ -25,6 +25,7 @@ from ngrokd.daemon.ipv6 import Answer
 from ngrokd.dataplane import DataPlane
 from ngrokd.host.plan import gateway
 from ngrokd.lab.world import Lab, open_memory_lab
+from ngrokd.log import Log
 from ngrokd.names.twins import Twins
 from ngrokd.relay.transport import Transport
 from tun import Device
@@ -158,6 +159,7 @@ class World:
         clock: the wall clock.
         hosts: path of the hosts file.
         apps: this machine's kernel in miniature, at the other end of the cable.
+        log_control: the log of the next daemon, None for none.
         ipv6: whether it has IPv6.
     """
 
@@ -168,6 +170,7 @@ class World:
         self.cable = memory_pair(names=("ngrokd0", "app0"))
         self.hosts = directory / "hosts"
         self.output = io.StringIO()
+        self.log_control: Log | None = None
         self.daemon: Daemon
         self.machine: MemoryMachine
         self.apps = AppHost(self.cable[1])
@@ -185,7 +188,14 @@ class World:
         if self.ipv6:
             self.machine.ipv6_problem = ""
         self.output = io.StringIO()
-        self.daemon = Daemon(config.load(str(path), {}), self.machine, environ={}, output=self.output, strict=True)
+        self.daemon = Daemon(
+            config.load(str(path), {}),
+            self.machine,
+            environ={},
+            output=self.output,
+            log_control=self.log_control,
+            strict=True,
+        )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.daemon.run)
             yield self.daemon

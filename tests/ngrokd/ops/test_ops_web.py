@@ -20,6 +20,7 @@ from ngrokd.ops.peers import port_owner
 from ngrokd.ops.web import (
     CONNECTIONS,
     NEVER,
+    Condition,
     EndpointHealth,
     Health,
     HttpListener,
@@ -38,11 +39,23 @@ ENDPOINTS = {
 }
 
 
+async def page() -> str:
+    await trio.lowlevel.checkpoint()
+    return "ngrokd_up 1\n"
+
+
 def server(
-    *, endpoints: Mapping[str, EndpointHealth] = ENDPOINTS, ready: bool = True, host: str = "127.0.0.1"
+    *,
+    endpoints: Mapping[str, EndpointHealth] = ENDPOINTS,
+    ready: bool = True,
+    healthy: bool = True,
+    host: str = "127.0.0.1",
 ) -> WebServer:
-    health = Health(len(endpoints), ready, STARTED, 8130.9)
-    return WebServer(host, lambda: health, lambda: endpoints.items(), strict=True)
+    tun = Condition("tun", healthy, "" if healthy else "the interface is gone", vital=True)
+    names = Condition("names", ready, "" if ready else "waiting")
+    health = Health((tun, names), STARTED, 8130.9)
+
+    return WebServer(host, lambda: health, lambda: endpoints.items(), page, strict=True)
 
 
 async def get(web: WebServer, path: str, *, method: str = "GET", host: str = "127.0.0.1:8081") -> http1.Response:
@@ -65,18 +78,32 @@ async def get(web: WebServer, path: str, *, method: str = "GET", host: str = "12
     ],
 )
 async def test_probes_get_the_go_daemons_answers(path: str, good: tuple[int, bytes], bad: tuple[int, bytes]) -> None:
-    """Healthy means that there is an endpoint, ready that those known are served."""
+    """Healthy means that packets are carried, ready that connections are likely to work."""
     up = await get(server(), path)
-    down = await get(server(endpoints={}, ready=False), path)
+    down = await get(server(healthy=False, ready=False), path)
 
     assert ((up.status, up.body), (down.status, down.body)) == (good, bad)
 
 
-async def test_a_daemon_without_endpoints_is_ready_and_not_healthy() -> None:
-    """An account that has none is no fault, and nothing can be reached all the same."""
-    web = server(endpoints={}, ready=True)
+async def test_a_daemon_without_endpoints_is_healthy() -> None:
+    """An account that has none is no fault, and a restart would not mend it."""
+    web = server(endpoints={})
 
-    assert ((await get(web, "/ready")).status, (await get(web, "/health")).status) == (200, 503)
+    assert ((await get(web, "/ready")).status, (await get(web, "/health")).status) == (200, 200)
+
+
+async def test_what_is_missing_for_readiness_is_no_reason_for_a_restart() -> None:
+    """Names that wait for the API are not mended by one; a device that is gone may be."""
+    assert [(await get(server(ready=False), path)).status for path in ("/ready", "/health")] == [503, 200]
+    assert [(await get(server(healthy=False), path)).status for path in ("/ready", "/health")] == [503, 503]
+
+
+async def test_prometheus_gets_its_page() -> None:
+    response = await get(server(), "/metrics")
+
+    assert (response.status, response.body) == (200, b"ngrokd_up 1\n")
+    assert response.header("content-type") == "text/plain; version=0.0.4; charset=utf-8"
+    assert (await get(server(), "/metrics", host="evil.example")).status == 421
 
 
 async def test_status_has_the_go_daemons_shape() -> None:
@@ -112,12 +139,13 @@ async def test_status_has_the_go_daemons_shape() -> None:
             },
         },
         "start_time": "2025-11-20T10:00:00Z",
+        "conditions": {"tun": {"ok": True, "message": ""}, "names": {"ok": True, "message": ""}},
     }
 
 
 async def test_status_is_200_when_nothing_is_well() -> None:
     """It describes; /health and /ready judge."""
-    response = await get(server(endpoints={}, ready=False), "/status")
+    response = await get(server(endpoints={}, ready=False, healthy=False), "/status")
 
     assert response.status == 200
     assert json.loads(response.body)["endpoints"] == {}
@@ -141,7 +169,7 @@ def test_times_are_rfc_3339() -> None:
 
 async def test_other_paths_and_methods_are_refused() -> None:
     """HEAD is GET without its body."""
-    assert (await get(server(), "/metrics")).status == 404
+    assert (await get(server(), "/elsewhere")).status == 404
     assert (await get(server(), "/health", method="POST")).status == 405
     assert (await get(server(), "/health", method="HEAD")).status == 200
 
@@ -188,7 +216,7 @@ async def test_a_rebound_name_is_told_that_it_is_misdirected() -> None:
 
 async def test_a_bug_in_an_answer_ends_its_connection_only(caplog: pytest.LogCaptureFixture) -> None:
     """The probe sees 500, the log the reason, and the daemon goes on."""
-    web = WebServer("127.0.0.1", lambda: Health(1 // 0, True, 0.0, 0.0), dict)
+    web = WebServer("127.0.0.1", lambda: Health((), 0.0, 1 // 0), dict, page)
 
     response = await get(web, "/health")
 
@@ -268,7 +296,7 @@ def test_the_document_of_many_endpoints_keeps_their_order() -> None:
     """As the daemon lists them, so that two answers can be compared."""
     many = [(f"ep_{number}", EndpointHealth(f"n{number}", "", "")) for number in (3, 1, 2)]
 
-    document = json.loads(b"".join(json_pieces(status_document(Health(3, True, 0.0, 0.0), many))))
+    document = json.loads(b"".join(json_pieces(status_document(Health((), 0.0, 0.0), many))))
 
     assert list(document["endpoints"]) == ["ep_3", "ep_1", "ep_2"]
 
@@ -277,7 +305,7 @@ def test_two_endpoints_with_one_id_do_not_spoil_the_document() -> None:
     """Ids are the API's; a member given twice is no sound JSON."""
     twice = [("ep_1", EndpointHealth("first", "", "")), ("ep_1", EndpointHealth("second", "", ""))]
 
-    document = b"".join(json_pieces(status_document(Health(2, True, 0.0, 0.0), twice)))
+    document = b"".join(json_pieces(status_document(Health((), 0.0, 0.0), twice)))
 
     assert document.count(b'"ep_1"') == 1
     assert b"first" in document
