@@ -86,6 +86,11 @@ fuzz: .venv-fuzz/stamp
 	@$(PYTHON) -c '$(OLD_PYTHON)'
 	$(PYTHON) -m venv .venv-fuzz
 	.venv-fuzz/bin/python -m pip install $(PIP_FLAGS) --require-hashes -r requirements/runtime.lock -r requirements/fuzz.lock
+## make docs         write what is made from the code: conf/ngrokd.toml, its JSON Schema, tables of the page about it
+.PHONY: docs
+docs: .venv/stamp
+	.venv/bin/python -m ngrokd.config.manual
+
 	@touch $@
 
 ## make lock         resolve the lock files anew (needs the `uv` command)
@@ -117,7 +122,7 @@ install:
 	    rm -rf $(PREFIX)/venv; \
 	    $(PYTHON) -m venv --without-pip $(PREFIX)/venv; \
 	    $$build --python $(PREFIX)/venv/bin/python install $(PIP_FLAGS) --no-deps --no-index $(PREFIX)/build/wheels/*.whl; \
-	    cp conf/ngrokd.toml $(PREFIX)/ngrokd.toml; \
+	    cp conf/ngrokd.toml conf/ngrokd.schema.json $(PREFIX)/; \
 	    rm -rf $(PREFIX)/build; \
 	    for name in ngrokd ngrokctl; do ln -sfn $(PREFIX)/venv/bin/$$name $(BINDIR)/$$name; done
 	@$(BINDIR)/ngrokd version
@@ -133,7 +138,7 @@ uninstall:
 	@for name in ngrokd ngrokctl; do \
 	    [ "$$(readlink $(BINDIR)/$$name)" != $(PREFIX)/venv/bin/$$name ] || rm -f $(BINDIR)/$$name; \
 	done
-	@rm -rf $(PREFIX)/venv $(PREFIX)/build $(PREFIX)/ngrokd.toml
+	@rm -rf $(PREFIX)/venv $(PREFIX)/build $(PREFIX)/ngrokd.toml $(PREFIX)/ngrokd.schema.json
 	@rmdir $(PREFIX) 2>/dev/null || true
 	@echo "removed $(PREFIX) and its commands; the state directory /etc/ngrokd (operator, key, certificate, addresses) was kept"
 

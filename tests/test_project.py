@@ -86,7 +86,7 @@ def test_every_make_target_in_papers_exists() -> None:
     assert len(shown) > 10
 
     assert {(paper, word) for paper, word in shown if word not in targets} == set()
-    assert targets <= set(re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[0].split())
+    assert targets <= set(" ".join(re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)).split())
 
 
 def test_every_ngrokd_command_in_papers_exists_with_its_options() -> None:
@@ -113,6 +113,12 @@ def test_every_ngrokd_command_in_papers_exists_with_its_options() -> None:
                 found = app.group.get_command(click.Context(app.group), word)
                 assert found is not None
                 command = found
+            elif isinstance(command, click.Group):
+                inner = command.get_command(click.Context(command), word)
+                if inner is None:
+                    wrong.append((paper, words, word))
+                    break
+                command = inner
 
     assert wrong == []
 
@@ -204,16 +210,6 @@ def test_exit_codes_are_those_of_the_pages() -> None:
     text = (ROOT / "docs/protocol.md").read_text()
 
     assert {int(code) for code in re.findall(r"^\| (\d+) \| ", text, re.MULTILINE)} == {int(code) for code in Exit}
-
-
-def test_keys_that_change_at_once_are_those_of_the_page() -> None:
-    """docs/operations.md names each; a key that is missing there would be restarted for, and one too many not."""
-    text = (ROOT / "docs/operations.md").read_text()
-    sentence = re.search(r"^SIGHUP changes these at once: (.*?)\. ", text, re.MULTILINE | re.DOTALL)
-    assert sentence is not None
-
-    live = {leaf.path for _, leaves in schema().values() for leaf in leaves.values() if leaf.reader.live}
-    assert set(re.findall(r"`([^`]+)`", sentence[1])) == live
 
 
 def test_configuration_keys_that_papers_name_exist() -> None:

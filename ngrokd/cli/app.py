@@ -17,7 +17,7 @@ from ngrokd import __version__
 from ngrokd.ask import RemoteError
 from ngrokd.cli.context import Context, common_options
 from ngrokd.cli.output import print_error, wants_colour
-from ngrokd.errors import Exit, NgrokdError
+from ngrokd.errors import ConfigError, Exit, NgrokdError
 
 # name -> (module, attribute, what it does in one line). The lines stand here so that --help imports nothing.
 COMMANDS: Final = {
@@ -32,10 +32,14 @@ COMMANDS: Final = {
     "plan": ("ngrokd.cli.plan", "plan", "Show what a run changes here, and who is in its way."),
     "cleanup": ("ngrokd.cli.plan", "cleanup", "Remove what a killed daemon left."),
     "doctor": ("ngrokd.cli.doctor", "doctor", "Say what is wrong, and what to do about it."),
+    "config": ("ngrokd.cli.config", "config", "Show, change and check the configuration."),
+    "reload": ("ngrokd.cli.refresh", "reload", "Have the daemon read its configuration now."),
+    "service": ("ngrokd.cli.service", "service", "Let the machine start the daemon (systemd)."),
     "version": ("ngrokd.cli.version", "version", "Print versions."),
     "help": ("ngrokd.cli.version", "show_help", "Print help, on a command where one is named."),
 }
 ALIASES: Final = {"ls": "list"}
+GROUPS: Final = ("config",)  # commands that have commands
 INTERRUPTED: Final = 130  # 128 + SIGINT, as a shell says it
 
 # The Go daemon's flags have one dash or two; as click reads it, "-config=F" would be "-c onfig=F".
@@ -164,7 +168,11 @@ def invoke(program: str, arguments: Sequence[str]) -> int:
 
 
 def _named(arguments: Sequence[str]) -> str:
-    return next((ALIASES.get(word, word) for word in arguments if ALIASES.get(word, word) in COMMANDS), "ngrokd")
+    words = [ALIASES.get(word, word) for word in arguments if not word.startswith("-")]
+    for number, word in enumerate(words):
+        if word in COMMANDS:
+            return ".".join([word, *words[number + 1 : number + 2]]) if word in GROUPS else word
+    return "ngrokd"
 
 
 def _command_path(error: click.ClickException, program: str) -> str:
@@ -176,7 +184,8 @@ def _fail(context: Context, error: BaseException, code: int, message: str, remed
     if context.verbosity >= 2:
         traceback.print_exception(error)
     if context.as_json:
-        context.print_failure(code, message, remedy)
+        mistakes = error.mistakes if isinstance(error, ConfigError) else ()
+        context.print_failure(code, message, remedy, mistakes)
     else:
         print_error(message, remedy)
     return code

@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -20,8 +20,10 @@ from ngrokd.cli.output import print_lines
 
 if TYPE_CHECKING:
     from ngrokd.config import Given, Settings
+    from ngrokd.errors import Mistake
 
 DEFAULT_CONFIG: Final = "/etc/ngrokd/config.toml"  # as in ngrokd.config, which costs more than most commands do
+SERVICE_SOCKET: Final = "/run/ngrokd/ngrokd.sock"  # of the daemon that systemd runs; see host/units.py
 
 AnyCallable = TypeVar("AnyCallable", bound=Callable[..., Any])
 
@@ -63,22 +65,35 @@ class Context:
         socket = [Given("control.socket", os.path.abspath(self.socket), "--socket")] if self.socket else []
         return [*self.settings, *socket]
 
+    def load_daemons_settings(self) -> Settings:
+        """The configuration with the control socket of the daemon that runs, if one does. Raises ConfigError."""
+        from ngrokd import config
+
+        environ = {**self.environ, "NGROKD_SOCKET": self.socket_path()}
+        return config.load(self.config or None, environ, self.given())
+
     def socket_path(self) -> str:
         """The control socket: --socket, $NGROKD_SOCKET, the configuration's, the default one.
 
         The default configuration belongs to root, and who may ask the daemon may not always read it: then the default
-        socket it is. A file that was asked for must be readable. Raises ConfigError.
+        socket it is. A file that was asked for must be readable. Where none was, and nobody listens there, it is the
+        socket of the service. Raises ConfigError.
         """
         if self.socket:
             return os.path.abspath(self.socket)
         if self.environ.get("NGROKD_SOCKET"):
             return self.environ["NGROKD_SOCKET"]
-        if not self.config and not self.environ.get("NGROKD_CONFIG"):
-            try:
-                os.close(os.open(DEFAULT_CONFIG, os.O_RDONLY | os.O_NONBLOCK))
-            except OSError:
-                if not os.access(os.path.join(os.path.dirname(DEFAULT_CONFIG), "conf.d"), os.R_OK | os.X_OK):
-                    return client.DEFAULT_SOCKET
+        if self.config or self.environ.get("NGROKD_CONFIG"):
+            return self.load_settings().control.socket
+        path = self._default_socket()
+        return SERVICE_SOCKET if os.path.exists(SERVICE_SOCKET) and not client.listens(path) else path
+
+    def _default_socket(self) -> str:
+        try:
+            os.close(os.open(DEFAULT_CONFIG, os.O_RDONLY | os.O_NONBLOCK))
+        except OSError:
+            if not os.access(os.path.join(os.path.dirname(DEFAULT_CONFIG), "conf.d"), os.R_OK | os.X_OK):
+                return client.DEFAULT_SOCKET
         return self.load_settings().control.socket
 
     def ask(self, command: str, *arguments: str, timeout_s: float = client.TIMEOUT_S) -> client.Answer:
@@ -89,11 +104,15 @@ class Context:
         """The one JSON document of a command that worked."""
         self._print_json({"schema": f"ngrokd.{self.command}/1", "data": data})
 
-    def print_failure(self, code: int, message: str, remedy: str = "") -> None:
+    def print_failure(self, code: int, message: str, remedy: str = "", mistakes: Sequence[Mistake] = ()) -> None:
         """The one JSON document of a command that did not."""
         error: dict[str, object] = {"code": int(code), "message": message}
         if remedy:
             error["hint"] = remedy
+        if mistakes:
+            error["mistakes"] = [
+                {"file": each.file, "line": each.line, "key": each.key, "message": each.text} for each in mistakes
+            ]
         self._print_json({"schema": f"ngrokd.{self.command}/1", "error": error})
 
     @staticmethod
@@ -166,17 +185,20 @@ def setting_option(function: AnyCallable) -> AnyCallable:
 
 
 def command(name: str, *, epilog: str | None = None) -> Callable[[Callable[..., int | None]], click.Command]:
-    """A command with the common options; its function gets the Context first and returns an exit code, None for 0."""
+    """A command with the common options; its function gets the Context first and returns an exit code, None for 0.
+
+    A command of a group has both names, as in "config show".
+    """
 
     def make(function: Callable[..., int | None]) -> click.Command:
         @functools.wraps(function)
         def call(*args: object, **kwargs: object) -> int | None:
             context = click.get_current_context().find_object(Context)
             assert context is not None, "invoke() made one"
-            context.command = name
+            context.command = name.replace(" ", ".")
             return function(context, *args, **kwargs)
 
         settings = {"help_option_names": ["-h", "--help"]}
-        return click.command(name, epilog=epilog, context_settings=settings)(common_options(call))
+        return click.command(name.rpartition(" ")[2], epilog=epilog, context_settings=settings)(common_options(call))
 
     return make

@@ -1,4 +1,4 @@
-"""`ngrokd refresh` and `ngrokd refresh-cert`: do now what would be done anyway."""
+"""`ngrokd refresh`, `ngrokd refresh-cert` and `ngrokd reload`: do now what would be done anyway."""
 
 from __future__ import annotations
 
@@ -23,6 +23,26 @@ def refresh_cert(context: Context, force: bool) -> None:
     """Renew the client certificate if it is due. Connections that are open stay as they are."""
     arguments = ("--force",) if force else ()
     _report(context, context.ask("refresh-cert", *arguments, timeout_s=WORK_S), "asked for a renewal")
+
+
+@command("reload")
+def reload(context: Context) -> None:
+    """Have the daemon read its configuration now, and say what that changes. A wrong one changes nothing: exit 78."""
+    data = context.ask("reload", timeout_s=WORK_S).data
+    if context.as_json:
+        context.print_document(data)
+        return
+    found = data if isinstance(data, dict) else {}
+    lines = []
+    for field, said in (
+        ("live", "changed"),
+        ("new_flows", "changed, for new connections"),
+        ("needs_restart", "from the next start"),
+    ):
+        keys = found.get(field)
+        if isinstance(keys, list) and keys:
+            lines.append(f"{said}: {', '.join(map(clean, keys))}")
+    print_lines(lines or ["nothing has changed"])
 
 
 def _report(context: Context, answer: Answer, otherwise: str) -> None:

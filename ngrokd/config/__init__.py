@@ -8,7 +8,7 @@ compares.
 from __future__ import annotations
 
 from ngrokd.config.apikey import ApiKey, read_key_file, resolve_api_key, stored_key_path
-from ngrokd.config.loading import DEFAULT_PATH, Given, find_file, find_files, load, parse
+from ngrokd.config.loading import DEFAULT_PATH, Given, convert_texts, find_file, find_files, load, load_alone, parse
 from ngrokd.config.readers import (
     format_duration,
     format_size,
@@ -32,11 +32,13 @@ from ngrokd.config.schema import (
     StateSettings,
     all_keys,
 )
-from ngrokd.config.showing import merge_live, reloadable, show
+from ngrokd.config.showing import merge_live, reloadable, show, shown_value
 
 __all__ = [
     "load",
+    "load_alone",
     "parse",
+    "convert_texts",
     "Given",
     "find_file",
     "find_files",
@@ -53,6 +55,7 @@ __all__ = [
     "LogSettings",
     "all_keys",
     "show",
+    "shown_value",
     "reloadable",
     "merge_live",
     "ApiKey",

@@ -108,6 +108,24 @@ def load(path: str | None, environ: Mapping[str, str], given: Sequence[Given] = 
     )
 
 
+def load_alone(path: str) -> Settings:
+    """Read one file by itself, without conf.d and environment. Raises ConfigError as `load` does."""
+    file = os.path.abspath(path)
+    text = _read_text(file, required=True)
+    assert text is not None, "it is required"
+    return parse(text, file, {})
+
+
+def convert_texts(leaf: Leaf, texts: Sequence[str]) -> object:
+    """The TOML value of a key that somebody gives as texts: one, or the items of a list. Raises ConfigError."""
+    value = from_text(leaf.reader, texts[0]) if len(texts) == 1 else list(texts)
+    try:
+        leaf.reader.read(value)
+    except Wrong as wrong:
+        raise ConfigError(f"{leaf.path}: {_said(leaf, value, wrong)}") from None
+    return value
+
+
 def parse(text: str, file: str, environ: Mapping[str, str]) -> Settings:
     """Read a configuration from one text; `file` is only for messages. Raises ConfigError as `load` does."""
     conversion = _Conversion(environ, ())
@@ -218,10 +236,7 @@ class _Conversion:
         try:
             self._values[leaf.path] = leaf.reader.read(value)
         except Wrong as wrong:
-            hidden = isinstance(leaf.reader, Hidden)
-            got = wrong.got or (type_name(value) if hidden else shown_toml(value))
-            message = f"expected {wrong.expected}, got {got}" + (f" ({wrong.hint})" if wrong.hint else "")
-            self._mistakes.append(Mistake(file, line, leaf.path if line else "", message))
+            self._mistakes.append(Mistake(file, line, leaf.path if line else "", _said(leaf, value, wrong)))
         else:
             self._origins[leaf.path] = f"{file}:{line}" if line else file
 
@@ -278,6 +293,12 @@ _GO_KEYS: Final = {
     "health_port": "http.listen",
     "interface_name": "net.interface",
 }
+
+
+def _said(leaf: Leaf, value: object, wrong: Wrong) -> str:
+    """A verdict in words; of a secret it says only what kind of value it is."""
+    got = wrong.got or (type_name(value) if isinstance(leaf.reader, Hidden) else shown_toml(value))
+    return f"expected {wrong.expected}, got {got}" + (f" ({wrong.hint})" if wrong.hint else "")
 
 
 def _all_at_once(mistakes: Sequence[Mistake], problem: ConfigError | None) -> ConfigError:

@@ -41,6 +41,7 @@ class Reader(Protocol[T]):
     """How one key is read, and shown again in the form in which it is written."""
 
     live: bool
+    only_new: bool
 
     def read(self, value: object) -> T:
         """Convert, or raise `Wrong`."""
@@ -50,18 +51,31 @@ class Reader(Protocol[T]):
         """The value as it would be written in the file."""
         ...
 
+    def json_schema(self) -> dict[str, object]:
+        """What is written there, for editors: a JSON Schema that takes whatever `read` takes, and perhaps more."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Key(Generic[T]):
-    """What all readers have. `live`: a running daemon takes the new value over at SIGHUP."""
+    """What all readers have.
+
+    Attributes:
+        live: a running daemon takes a new value over.
+        only_new: of connections, only those feel it that are made from then on.
+    """
 
     live: bool = False
+    only_new: bool = False
 
     def read(self, value: object) -> T:
         raise NotImplementedError
 
     def show(self, value: T) -> object:
         return value
+
+    def json_schema(self) -> dict[str, object]:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +87,9 @@ class Flag(_Key[bool]):
             return value
         hint = value.lower() if isinstance(value, str) and value.lower() in ("true", "false") else ""
         raise Wrong("true or false", hint=f"did you mean {hint} without quotes?" if hint else "")
+
+    def json_schema(self) -> dict[str, object]:
+        return {"type": "boolean"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +108,10 @@ class Count(_Key[int]):
         if self.low <= value <= self.high or (self.zero and value == 0):
             return value
         raise Wrong(expected)
+
+    def json_schema(self) -> dict[str, object]:
+        numbers: dict[str, object] = {"type": "integer", "minimum": self.low, "maximum": self.high}
+        return {"anyOf": [numbers, {"const": 0}]} if self.zero and self.low > 0 else numbers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +133,9 @@ class Workers(_Key[int]):
 
     def show(self, value: int) -> object:
         return value or "auto"
+
+    def json_schema(self) -> dict[str, object]:
+        return {"anyOf": [{"type": "integer", "minimum": 1, "maximum": self.high}, {"const": "auto"}]}
 
 
 _DURATION_UNITS: Final = {
@@ -173,6 +197,9 @@ class Duration(_Key[float]):
     def show(self, value: float) -> object:
         return format_duration(value)
 
+    def json_schema(self) -> dict[str, object]:
+        return {"type": "string", "pattern": f"^(?:{_DURATION_PART.pattern})+$"}
+
 
 _SIZE_UNITS: Final = {
     "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30,
@@ -224,6 +251,9 @@ class Size(_Key[int]):
     def show(self, value: int) -> object:
         return format_size(value)
 
+    def json_schema(self) -> dict[str, object]:
+        return {"type": "string", "pattern": f"^[0-9]{{1,12}}(?:{'|'.join(_SIZE_UNITS)})$"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Word(_Key[str]):
@@ -236,6 +266,9 @@ class Word(_Key[str]):
             return value
         hint = meant(value, self.words) if isinstance(value, str) else ""
         raise Wrong("one of " + ", ".join(f'"{word}"' for word in self.words), hint=hint)
+
+    def json_schema(self) -> dict[str, object]:
+        return {"enum": list(self.words)}
 
 
 def _text(value: object, expected: str) -> str:
@@ -263,6 +296,9 @@ class Hidden(_Key[Secret]):
     def show(self, value: Secret) -> object:
         return "***" if value.reveal() else ""
 
+    def json_schema(self) -> dict[str, object]:
+        return {"type": "string"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Path(_Key[str]):
@@ -288,6 +324,9 @@ class Path(_Key[str]):
             raise Wrong("an absolute path below /")
         return normal
 
+    def json_schema(self) -> dict[str, object]:
+        return {"type": "string", "pattern": "^(?:/.+)?$" if self.optional else "^/.+$"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin(_Key[str]):
@@ -306,6 +345,9 @@ class Origin(_Key[str]):
         except ValueError as error:
             raise Wrong(f"{expected} ({error})") from None
         return "https://" + join_address(host, port if port != 443 else None)
+
+    def json_schema(self) -> dict[str, object]:
+        return {"type": "string", "pattern": "^[Hh][Tt][Tt][Pp][Ss]://[^/]+/?$"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -330,6 +372,9 @@ class Address(_Key[str]):
             raise Wrong(f"{expected} (an IP address of this machine, or localhost)")
         return join_address(host, port)
 
+    def json_schema(self) -> dict[str, object]:
+        return {"type": "string"} if self.optional else {"type": "string", "minLength": 1}
+
 
 _INTERFACE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,14}", re.ASCII)
 
@@ -343,6 +388,9 @@ class Interface(_Key[str]):
         if not isinstance(value, str) or not _INTERFACE.fullmatch(value) or value in ("lo", "all", "default"):
             raise Wrong(expected)
         return value
+
+    def json_schema(self) -> dict[str, object]:
+        return {"type": "string", "pattern": f"^{_INTERFACE.pattern}$"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -369,6 +417,9 @@ class Subnet(_Key[str]):
             raise Wrong(f"{expected}, not a loopback, link-local or multicast one")
         return str(network)
 
+    def json_schema(self) -> dict[str, object]:
+        return {"type": "string", "pattern": r"^[0-9.]+/[0-9.]+$"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subnet6(_Key[str]):
@@ -386,6 +437,9 @@ class Subnet6(_Key[str]):
             raise Wrong(f"{expected}, not a loopback, link-local or multicast one")
         return str(network)
 
+    def json_schema(self) -> dict[str, object]:
+        return {"anyOf": [{"enum": ["auto", "off"]}, {"type": "string", "pattern": "^[0-9A-Fa-f:.]+/[0-9]+$"}]}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Networks(_Key[tuple[str, ...]]):
@@ -397,6 +451,9 @@ class Networks(_Key[tuple[str, ...]]):
 
     def show(self, value: tuple[str, ...]) -> object:
         return list(value)
+
+    def json_schema(self) -> dict[str, object]:
+        return {"type": "array", "items": {"type": "string", "pattern": "/"}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -412,6 +469,9 @@ class Fingerprints(_Key[tuple[str, ...]]):
 
     def show(self, value: tuple[str, ...]) -> object:
         return list(value)
+
+    def json_schema(self) -> dict[str, object]:
+        return {"type": "array", "items": {"type": "string", "pattern": "^:*(?:[0-9A-Fa-f]:*){64}$"}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -431,6 +491,10 @@ class Texts(_Key[tuple[str, ...]]):
     def show(self, value: tuple[str, ...]) -> object:
         return list(value)
 
+    def json_schema(self) -> dict[str, object]:
+        items = {"type": "string", "minLength": 1}
+        return {"type": "array", "items": items, "minItems": 1, "maxItems": self.most}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group(_Key[str]):
@@ -441,26 +505,8 @@ class Group(_Key[str]):
             raise Wrong('the name of a group, or ""')
         return value
 
-
-def _texts(value: object, expected: str) -> list[str]:
-    if not isinstance(value, list):
-        raise Wrong(expected, hint=f"did you mean [{shown_toml(value)}]?" if isinstance(value, str) else "")
-    return [_text(item, expected) for item in value]
-
-
-def _network(
-    text: str, expected: str, *, versions: tuple[int, ...] = (4, 6)
-) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
-    try:
-        network = ipaddress.ip_network(text, strict=False)
-    except ValueError:
-        raise Wrong(expected, got=shown_toml(text)) from None
-    if network.version not in versions or "/" not in text:
-        hint = f'did you mean "{network}"?' if "/" not in text and network.version in versions else ""
-        raise Wrong(expected, got=shown_toml(text), hint=hint)
-    if ipaddress.ip_address(text.partition("/")[0]) != network.network_address:
-        raise Wrong(expected, got=shown_toml(text), hint=f'did you mean "{network}"?')
-    return network
+    def json_schema(self) -> dict[str, object]:
+        return {"type": "string", "pattern": r"^[A-Za-z0-9_]?[A-Za-z0-9._-]*\$?$"}
 
 
 def from_text(reader: Reader[Any], text: str) -> object:
@@ -488,6 +534,27 @@ def _parsed(text: str) -> object:
 
 
 _LISTS: Final = (Networks, Fingerprints, Texts)
+
+
+def _texts(value: object, expected: str) -> list[str]:
+    if not isinstance(value, list):
+        raise Wrong(expected, hint=f"did you mean [{shown_toml(value)}]?" if isinstance(value, str) else "")
+    return [_text(item, expected) for item in value]
+
+
+def _network(
+    text: str, expected: str, *, versions: tuple[int, ...] = (4, 6)
+) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    try:
+        network = ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise Wrong(expected, got=shown_toml(text)) from None
+    if network.version not in versions or "/" not in text:
+        hint = f'did you mean "{network}"?' if "/" not in text and network.version in versions else ""
+        raise Wrong(expected, got=shown_toml(text), hint=hint)
+    if ipaddress.ip_address(text.partition("/")[0]) != network.network_address:
+        raise Wrong(expected, got=shown_toml(text), hint=f'did you mean "{network}"?')
+    return network
 
 
 def _is_ip(host: str) -> bool:

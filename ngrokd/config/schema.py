@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Annotated, Any, Final, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -156,9 +157,17 @@ class Settings(Struct, frozen=True, kw_only=True):
     log: LogSettings = LogSettings()
 
     file: str = ""
+    files: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     origins: Mapping[str, str] = {}
-    files: tuple[str, ...] = ()
+
+
+class Effect(StrEnum):
+    """When a running daemon heeds a new value of a key."""
+
+    LIVE = "live"
+    NEW_FLOWS = "new flows only"
+    RESTART = "restart"
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +183,13 @@ class Leaf:
     def path(self) -> str:
         """The dotted key."""
         return f"{self.section}.{self.key}"
+
+    @property
+    def effect(self) -> Effect:
+        """When a running daemon heeds a new value."""
+        if not self.reader.live:
+            return Effect.RESTART
+        return Effect.NEW_FLOWS if self.reader.only_new else Effect.LIVE
 
 
 def schema() -> dict[str, tuple[type[Struct], dict[str, Leaf]]]:

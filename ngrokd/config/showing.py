@@ -12,9 +12,14 @@ from ngrokd.config.schema import Leaf, Settings, schema
 def show(settings: Settings) -> dict[str, dict[str, object]]:
     """All sections and keys as they would be written in the file; secrets as "***"."""
     return {
-        section: {key: leaf.reader.show(_value(settings, leaf)) for key, leaf in leaves.items()}
+        section: {key: shown_value(settings, leaf) for key, leaf in leaves.items()}
         for section, (_, leaves) in schema().items()
     }
+
+
+def shown_value(settings: Settings, leaf: Leaf) -> object:
+    """One key as it would be written in the file; a secret as "***"."""
+    return leaf.reader.show(value_of(settings, leaf))
 
 
 def reloadable(old: Settings, new: Settings) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -23,7 +28,7 @@ def reloadable(old: Settings, new: Settings) -> tuple[tuple[str, ...], tuple[str
     needs_restart: list[str] = []
     for _, leaves in schema().values():
         for leaf in leaves.values():
-            if _value(old, leaf) != _value(new, leaf):
+            if value_of(old, leaf) != value_of(new, leaf):
                 (live if leaf.reader.live else needs_restart).append(leaf.path)
     return tuple(live), tuple(needs_restart)
 
@@ -32,7 +37,7 @@ def merge_live(old: Settings, new: Settings) -> Settings:
     """`old` with those values of `new` that a running daemon takes over."""
     merged = old
     for section, (_, leaves) in schema().items():
-        changes = {leaf.attribute: _value(new, leaf) for leaf in leaves.values() if leaf.reader.live}
+        changes = {leaf.attribute: value_of(new, leaf) for leaf in leaves.values() if leaf.reader.live}
         if changes:
             merged = msgspec.structs.replace(
                 merged, **{section: msgspec.structs.replace(getattr(merged, section), **changes)}
@@ -40,5 +45,6 @@ def merge_live(old: Settings, new: Settings) -> Settings:
     return merged
 
 
-def _value(settings: Settings, leaf: Leaf) -> Any:
+def value_of(settings: Settings, leaf: Leaf) -> Any:  # each key's own type
+    """The value of one key."""
     return getattr(getattr(settings, leaf.section), leaf.attribute)

@@ -9,7 +9,9 @@ import string
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomli
@@ -18,9 +20,11 @@ from hypothesis import strategies as st
 
 import ngrokd
 from ngrokd import config
-from ngrokd.config import Settings
+from ngrokd.config import Settings, manual
+from ngrokd.config.explanations import KEYS, SECTIONS
 from ngrokd.config.lines import index_lines
-from ngrokd.config.schema import schema
+from ngrokd.config.readers import Wrong
+from ngrokd.config.schema import Effect, Leaf, schema
 from ngrokd.endpoints import Secret
 from ngrokd.errors import ConfigError, Exit
 
@@ -633,21 +637,118 @@ def test_the_shipped_file_holds_every_key_at_its_default() -> None:
     assert sorted(switched_on.origins) == sorted(config.all_keys())
 
 
-def test_the_shipped_file_explains_every_key_and_says_which_are_live() -> None:
-    """A comment of at least some words stands above each; `(live)` is in it exactly where a reload takes it over."""
-    section, comment, said = "", "", {}
-    for line in SHIPPED.read_text().splitlines():
-        if line.startswith("["):
-            section, comment = line.strip("[]"), ""
-        elif found := re.match(r"#([a-z0-9_]+) = ", line):
-            said[f"{section}.{found[1]}"], comment = comment, ""
-        else:
-            comment = comment + line[1:] if line.startswith("#") else ""
+def test_every_key_is_explained_in_some_words() -> None:
+    """And no key that is not there."""
+    assert sorted(KEYS) == sorted(config.all_keys())
+    assert sorted(SECTIONS) == sorted(schema())
+    for path, text in {**KEYS, **SECTIONS}.items():
+        assert len(text.split()) >= 3, path
+        assert text.endswith((".", ")")), path
 
-    for _, leaves in schema().values():
+
+@pytest.mark.parametrize(
+    ("path", "made"),
+    [
+        (manual.FILE, lambda: manual.commented_file("ngrokd.schema.json")),
+        (manual.SCHEMA, manual.schema_text),
+        (manual.PAGE, lambda: manual.page((ROOT / manual.PAGE).read_text())),
+    ],
+)
+def test_the_papers_are_as_the_code_makes_them(path: str, made: Callable[[], str]) -> None:
+    """Run `make docs`; what a key is for stands in ngrokd/config/explanations.py."""
+    assert (ROOT / path).read_text() == made()
+
+
+def test_the_file_says_of_each_key_when_a_change_counts() -> None:
+    marked = {
+        section + found[2]: found[1]
+        for section, body in re.findall(r"^\[(\w+)\]\n(.*?)(?=^\[|\Z)", commented(), re.MULTILINE | re.DOTALL)
+        for found in re.finditer(r"(\(live(?:, for new connections)?\))?\n#(\w+) = ", body.replace("\n# ", " "))
+    }
+    expected = {Effect.LIVE: "(live)", Effect.NEW_FLOWS: "(live, for new connections)", Effect.RESTART: None}
+
+    for section, (_, leaves) in schema().items():
         for leaf in leaves.values():
-            assert len(said[leaf.path].split()) >= 3, leaf.path
-            assert ("(live)" in said[leaf.path]) == leaf.reader.live, leaf.path
+            assert marked[section + leaf.key] == expected[leaf.effect], leaf.path
+
+
+def commented() -> str:
+    return manual.commented_file()
+
+
+# The schema for editors
+
+
+def fits(value: object, rule: Mapping[str, Any]) -> bool:
+    """Whether a value fits a JSON Schema, as far as ours goes."""
+    kinds = {"boolean": bool, "integer": int, "string": str, "array": list, "object": dict}
+    kind = kinds.get(rule.get("type", ""), object)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        return False
+    if "enum" in rule and value not in rule["enum"]:
+        return False
+    if "const" in rule and value != rule["const"]:
+        return False
+    if "anyOf" in rule and not any(fits(value, each) for each in rule["anyOf"]):
+        return False
+    if isinstance(value, int) and not rule.get("minimum", value) <= value <= rule.get("maximum", value):
+        return False
+    if isinstance(value, str) and not re.search(rule.get("pattern", ""), value):
+        return False
+    if isinstance(value, str) and len(value) < rule.get("minLength", 0):
+        return False
+    if isinstance(value, list):
+        if not rule.get("minItems", 0) <= len(value) <= rule.get("maxItems", len(value)):
+            return False
+        return all(fits(item, rule["items"]) for item in value)
+    if isinstance(value, dict) and "properties" in rule:
+        return value.keys() <= rule["properties"].keys() and all(
+            fits(item, rule["properties"][key]) for key, item in value.items()
+        )
+    return True
+
+
+def test_the_schema_takes_all_defaults_and_refuses_typing_errors() -> None:
+    rule = manual.json_schema()
+
+    assert fits(config.show(Settings()), rule)
+    assert not fits({"net": {"mtuu": 5}}, rule)
+    assert not fits({"nett": {}}, rule)
+    for section, key, value in [
+        ("net", "mtu", 5),
+        ("net", "mtu", "1400"),
+        ("net", "offload", "yes"),
+        ("net", "drain", 3),
+        ("net", "drain", "3"),
+        ("api", "url", "http://x"),
+        ("api", "selectors", []),
+        ("limits", "buffer", "5 MB"),
+        ("log", "level", "warn"),
+        ("hosts", "path", "hosts"),
+        ("net", "subnet", "10.1.0.0"),
+        ("ingress", "ca_fingerprints", ["12"]),
+    ]:
+        assert not fits({section: {key: value}}, rule), (section, key)
+
+
+_ANY = st.one_of(
+    st.booleans(),
+    st.integers(-1, 70_000),
+    st.text("0123456789abmskMKiB./:-_ ", max_size=12),
+    st.sampled_from(["auto", "off", "1h30m", "1.5s", "512KiB", "/x", "fd00::/8", "https://X.y:1/", "[::1]:1", "info"]),
+    st.lists(st.sampled_from(["a", "10.0.0.0/8", "cf:" * 31 + "CF", "fd00::/8", ""]), max_size=3),
+)
+
+
+@given(st.sampled_from([leaf for _, leaves in schema().values() for leaf in leaves.values()]), _ANY)
+def test_the_schema_takes_whatever_is_taken(leaf: Leaf, value: object) -> None:
+    """An editor that underlines what is right is switched off."""
+    try:
+        leaf.reader.read(value)
+    except Wrong:
+        return
+
+    assert fits(value, manual.json_schema()["properties"][leaf.section]["properties"][leaf.key])
 
 
 def test_the_version_is_the_one_of_the_package() -> None:
