@@ -209,6 +209,19 @@ def _decode(line: bytes, path: str) -> Any:
     return value
 
 
+def listens(path: str) -> bool:
+    """Whether anybody listens on this socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(TIMEOUT_S)
+        try:
+            connection.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
+            return False
+        except OSError:  # it is closed to this user, or busy
+            return True
+    return True
+
+
 def _connect(connection: socket.socket, path: str) -> None:
     try:
         connection.connect(path)

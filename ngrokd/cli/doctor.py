@@ -35,7 +35,7 @@ def doctor(context: Context, bundle: str | None) -> int:
     from ngrokd.doctor.findings import fail, is_well, ok
 
     try:
-        settings = context.load_settings()
+        settings = context.load_daemons_settings()
     except ConfigError as error:
         # What the configuration would have said is not known, so nothing else can be judged.
         findings = [

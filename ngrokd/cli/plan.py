@@ -35,7 +35,7 @@ def plan(context: Context, platform: str | None, undo: bool) -> int:
     from ngrokd.doctor.obstacles import Survey, survey
     from ngrokd.host.planning import expected_subnet6, plan_run
 
-    settings = context.load_settings()
+    settings = context.load_daemons_settings()
     own = "macos" if sys.platform == "darwin" else "linux"
     chosen = cast("Platform", platform or own)
     subnet6, notes = expected_subnet6(settings, here=chosen == own == "linux")
@@ -129,7 +129,7 @@ def cleanup(context: Context, dry_run: bool) -> int:
     """
     from ngrokd.doctor import residue
 
-    settings = context.load_settings()
+    settings = context.load_daemons_settings()
     residue.check_nobody_lives(settings)
     found = residue.find(settings)
     done = residue.Removed((), ()) if dry_run else residue.remove(settings)

@@ -1,0 +1,102 @@
+"""The daemon within the walls of its systemd unit, as far as they can be built without systemd.
+
+The capabilities, the read-only file system, /proc without other processes and without settings, no new privileges. The
+filter of system calls is systemd's to compile; what the daemon calls was compared with it by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from ngrokd.host.units import Service, systemd_unit
+from tests.netns.stage import Stage
+from tests.netns.support import Namespace, Running
+
+pytestmark = pytest.mark.netns
+
+
+@pytest.fixture
+def stage(netns: Callable[[], Namespace]) -> Iterator[Stage]:
+    play = Stage(netns(), "--demo")
+    yield play
+    play.close()
+
+
+def walled(play: Stage, *arguments: str) -> list[str]:
+    """A command line of ngrokd as the unit would run it."""
+    unit = systemd_unit(Service())
+    [capabilities] = [line.partition("=")[2] for line in unit.splitlines() if line.startswith("CapabilityBoundingSet")]
+    bounding = "".join(f",+{name.removeprefix('CAP_').lower()}" for name in capabilities.split())
+    rights = f"setpriv --bounding-set=-all{bounding} --inh-caps=-all --no-new-privs"
+    ours = shlex.quote(str(play.directory))
+    walls = [
+        f"mount --bind {ours} {ours}",
+        "mount -o remount,bind,ro /",  # /etc and /run are mounts of the namespace, and stay as they are
+        "mount -t proc -o nosuid,nodev,noexec,hidepid=invisible,subset=pid proc /proc",
+        "umask 077",
+        f"exec {rights} {sys.executable} -m ngrokd --config {shlex.quote(play.lab.config)} {' '.join(arguments)}",
+    ]
+    return ["unshare", "--mount", "sh", "-e", "-c", "; ".join(walls)]
+
+
+def start(play: Stage) -> Running:
+    play.daemon = play.ns.start(walled(play, "run"), env={"NGROKD_SOCKET": "/run/ngrokd/ngrokd.sock"})
+    play.daemon.expect(r"^\[ready\] .*\n", timeout=15)
+    return play.daemon
+
+
+def test_everything_works_within_the_walls(stage: Stage) -> None:
+    """Device, routes, names, connections; the commands find the service's socket by themselves; all is undone."""
+    stage.ns.run(["mkdir", "-m", "755", "/run/ngrokd"])
+    stage.ns.run(["sh", "-c", "grep -q '^127' /etc/hosts"])
+    before, hosts = stage.network(), stage.hosts()
+    start(stage)
+
+    greeting = stage.ns.run(["curl", "-sS", "--max-time", "10", "http://hello.demo/"]).stdout
+    status = json.loads(stage.ns.run([sys.executable, "-m", "ngrokd", "status", "--json"]).stdout)["data"]
+    written = stage.ns.run(walled(stage, "status"), env={"NGROKD_SOCKET": "/run/ngrokd/ngrokd.sock"}).stdout
+
+    assert "lab" in greeting
+    assert status["state"] == "ready"
+    assert status["hosts"]["problem"] == ""
+    assert "is running" in written
+    assert stage.stop() == 0
+    assert (stage.network(), stage.hosts()) == (before, hosts)
+
+
+def test_what_a_killed_service_left_is_removed_within_the_walls(stage: Stage) -> None:
+    """ExecStopPost has no more rights than the daemon had."""
+    stage.ns.run(["mkdir", "-m", "755", "/run/ngrokd"])
+    before, hosts = stage.network(), stage.hosts()
+    daemon = start(stage)
+    daemon.kill()
+    daemon.wait(timeout=5)
+    assert "10.107." in stage.hosts()
+
+    said = stage.ns.run(walled(stage, "cleanup"), env={"NGROKD_SOCKET": "/run/ngrokd/ngrokd.sock"}).stdout
+
+    assert "removed guard" in said
+    assert (stage.network(), stage.hosts()) == (before, hosts)
+    assert stage.ns.run(["ls", "/run/ngrokd"]).stdout == ""
+
+
+def test_a_service_is_not_made_of_what_others_can_change(stage: Stage) -> None:
+    """This very checkout, when it is somebody's; and root is told how to do better."""
+    stage.ns.private("/usr/local")
+    stage.ns.run(["mkdir", "-p", "/usr/local/copy", "/etc/systemd/system"])
+    stage.ns.run(["cp", "-r", "ngrokd", "tun", "/usr/local/copy/"])
+    stage.ns.run(["chown", "-R", "65534", "/usr/local/copy/tun"])
+    command = [sys.executable, "-m", "ngrokd", "service", "install"]
+
+    refused = stage.ns.run(command, cwd="/usr/local/copy", check=False)
+
+    assert refused.returncode == 77
+    assert "/usr/local/copy/tun" in refused.stderr
+    assert "belongs to uid 65534" in refused.stderr
+    assert "sudo make install" in refused.stderr
+    assert "ngrokd.service" not in stage.ns.run(["ls", "/etc/systemd/system"]).stdout
