@@ -25,7 +25,16 @@ COMMANDS: Final = {
     "demo": ("ngrokd.cli.demo", "demo", "Try everything with a made-up ngrok on this machine."),
     "status": ("ngrokd.cli.status", "status", "Show how the daemon is."),
     "list": ("ngrokd.cli.status", "list_endpoints", "List the endpoints and their addresses here (ls)."),
-    "health": ("ngrokd.cli.status", "health", "Check whether the daemon serves; exit 0 or 1."),
+    "health": ("ngrokd.cli.status", "health", "Check whether the daemon is well, or ready; exit 0 or 1."),
+    "wait": ("ngrokd.cli.waiting", "wait", "Wait until the daemon is ready, or an endpoint is served."),
+    "flows": ("ngrokd.cli.flows", "flows", "List connections: program, endpoint, bytes, rate; close one."),
+    "top": ("ngrokd.cli.top", "top", "Watch the connections that carry most."),
+    "ping": ("ngrokd.cli.ping", "ping", "Go the way to an endpoint, and time each part of it."),
+    "events": ("ngrokd.cli.events", "events", "Follow what happens."),
+    "logs": ("ngrokd.cli.events", "logs", "Print the daemon's log."),
+    "log-level": ("ngrokd.cli.events", "log_level", "Show or change what is logged, for a while."),
+    "capture": ("ngrokd.cli.capture", "capture", "Record packets for Wireshark."),
+    "metrics": ("ngrokd.cli.metrics", "metrics", "Print the metrics, or write them into a file."),
     "set-api-key": ("ngrokd.cli.key", "set_api_key", "Give the daemon an API key, and store it."),
     "refresh": ("ngrokd.cli.refresh", "refresh", "Ask ngrok for the endpoints now."),
     "refresh-cert": ("ngrokd.cli.refresh", "refresh_cert", "Renew the client certificate if it is due."),
@@ -33,13 +42,15 @@ COMMANDS: Final = {
     "cleanup": ("ngrokd.cli.plan", "cleanup", "Remove what a killed daemon left."),
     "doctor": ("ngrokd.cli.doctor", "doctor", "Say what is wrong, and what to do about it."),
     "config": ("ngrokd.cli.config", "config", "Show, change and check the configuration."),
+    "pause": ("ngrokd.cli.pause", "pause", "Refuse new connections; names stay."),
+    "resume": ("ngrokd.cli.pause", "resume", "Take new connections again."),
     "reload": ("ngrokd.cli.refresh", "reload", "Have the daemon read its configuration now."),
     "service": ("ngrokd.cli.service", "service", "Let the machine start the daemon (systemd)."),
     "version": ("ngrokd.cli.version", "version", "Print versions."),
     "help": ("ngrokd.cli.version", "show_help", "Print help, on a command where one is named."),
 }
 ALIASES: Final = {"ls": "list"}
-GROUPS: Final = ("config",)  # commands that have commands
+GROUPS: Final = ("config", "service")  # commands that have commands
 INTERRUPTED: Final = 130  # 128 + SIGINT, as a shell says it
 
 # The Go daemon's flags have one dash or two; as click reads it, "-config=F" would be "-c onfig=F".

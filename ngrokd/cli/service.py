@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from ngrokd.cli.context import Context, command
+from ngrokd.cli.context import Context, command, common_options
 from ngrokd.cli.output import clean, fields, paint, print_lines, terminal_width, warn
 from ngrokd.errors import Exit, PermissionMissingError
 
@@ -25,6 +25,7 @@ _KEY: Final = click.option(
 
 
 @click.group("service", context_settings={"help_option_names": ["-h", "--help"]})
+@common_options
 def service() -> None:
     """Install, start and stop the daemon as a service of this machine (systemd)."""
 
