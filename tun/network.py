@@ -80,6 +80,7 @@ class Network:
         self._device_full = False
         self._gone: DeviceError | None = None
         self.batches = 0
+        self.replies_lost = 0
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Pump until cancelled.
@@ -170,7 +171,8 @@ class Network:
     def _write_replies(self) -> None:
         try:
             for packet in self.stack.take_replies():
-                self.device.write_packet(packet)  # stateless, so a full device just loses it; the peer asks again
+                if not self.device.write_packet(packet):
+                    self.replies_lost += 1  # stateless, so a full device just loses it; the peer asks again
         except DeviceError as error:
             self._lose(error)
 

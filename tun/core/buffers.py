@@ -125,12 +125,14 @@ class OutOfOrder:
     The bytes that came first win where segments overlap: what was once reported by SACK does not change.
     """
 
-    __slots__ = ("charge", "ends", "pieces", "recent", "starts", "untold")
+    __slots__ = ("charge", "ends", "packets", "pieces", "pushed_out", "recent", "starts", "untold")
 
     def __init__(self) -> None:
         self.starts: list[int] = []
         self.ends: list[int] = []
         self.pieces: list[list[memoryview]] = []
+        self.packets: list[int] = []  # how many packets brought something to each range
+        self.pushed_out: int = 0  # packets whose bytes had to go, since the owner set it to 0
         self.charge: int = 0  # bytes held, overhead included
         self.recent: list[int] = []  # a position in each range, the one touched last first (for SACK)
         self.untold: list[int] = []  # positions touched since the last SACK
@@ -174,7 +176,9 @@ class OutOfOrder:
             starts.insert(first, start)
             ends.insert(first, end)
             self.pieces.insert(first, fresh)
+            self.packets.insert(first, 1)
         elif new:
+            self.packets[first:after] = [sum(self.packets[first:after]) + 1]
             starts[first:after] = [min(start, starts[first])]
             ends[first:after] = [max(end, ends[after - 1])]
             self.pieces[first:after] = [fresh]
@@ -185,7 +189,7 @@ class OutOfOrder:
         starts = self.starts
         need = end - start + PIECE_OVERHEAD
         while self.charge + need > limit and starts and starts[-1] > end:
-            self._drop(len(starts) - 1)
+            self._push_out()
         if self.charge + need > limit:
             return False
         if len(starts) < MAX_RANGES:
@@ -195,8 +199,13 @@ class OutOfOrder:
             return True  # it joins what is there
         if starts[-1] < start:
             return False
-        self._drop(len(starts) - 1)
+        self._push_out()
         return True
+
+    def _push_out(self) -> None:
+        """Let go of the highest range."""
+        self.pushed_out += self.packets[-1]
+        self._drop(len(self.starts) - 1)
 
     def _touch(self, position: int) -> None:
         recent = self.recent
@@ -214,6 +223,7 @@ class OutOfOrder:
         del self.starts[index]
         del self.ends[index]
         del self.pieces[index]
+        del self.packets[index]
 
     def pull(self, position: int, queue: ReceiveQueue) -> int:
         """Move what is contiguous from `position` on into `queue`.
@@ -272,6 +282,7 @@ class OutOfOrder:
         self.starts.clear()
         self.ends.clear()
         self.pieces.clear()
+        self.packets.clear()
         self.recent.clear()
         self.untold.clear()
         self.charge = 0
@@ -473,8 +484,8 @@ def copy_small(packet: bytes, start: int, end: int) -> memoryview:
 
 
 def _part(view: memoryview, start: int, end: int) -> memoryview:
-    """A part of a view, under the same rule as `copy_small`."""
-    if end - start < SMALL:
+    """A part of a view, as `copy_small` would; nor may a part keep a whole alive that is twice as large."""
+    if end - start < SMALL or (end - start) * 2 < len(view):
         return memoryview(bytes(view[start:end]))
     return view[start:end]
 

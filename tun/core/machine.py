@@ -129,6 +129,7 @@ class Host:
         "keepalive_idle",
         "keepalive_interval",
         "keepalive_probes",
+        "late_drops",
         "mtu",
         "offload",
         "probes",
@@ -150,6 +151,7 @@ class Host:
         self.heap: list[tuple[float, int, Flow]] = []
         self.ticket: int = 0
         self.drops: dict[str, int] = {}
+        self.late_drops: list[str] = []  # of packets that had been taken, to be counted at the end of the batch
         self.retransmits: int = 0
         self.probes: int = 0
         self.timeouts: int = 0
@@ -157,6 +159,10 @@ class Host:
     def drop(self, reason: str) -> None:
         """Count one discarded packet."""
         self.drops[reason] = self.drops.get(reason, 0) + 1
+
+    def drop_late(self, reason: str, packets: int) -> None:
+        """Count packets that had been taken and are discarded now, at the end of the batch."""
+        self.late_drops += [reason] * packets
 
     def push(self, at: float, flow: Flow) -> None:
         """Put a flow into the heap of deadlines. Entries are never removed: a stale one is skipped when it comes up."""
@@ -1393,27 +1399,38 @@ class Flow:
         length = segment.data_end - start
         end = seq + length
         fin = segment.flags & FIN != 0
+        reason = "duplicate"  # if nothing of it is taken
+        taken = False
         if end > self.rcv_edge:
             # Cut what lies beyond the window, the FIN with it: it will come again.
             length -= end - self.rcv_edge
             end = self.rcv_edge
             fin = False
+            reason = "beyond_window"
             self._ack_owed = 2
         waiting = self._out_of_order
         if fin and not self._fin_known and end >= self.rcv_nxt and (waiting is None or waiting.ends[-1] <= end):
             self._fin_known = True
             self._fin_position = end
+            taken = True
         if self._fin_known and end > self._fin_position:
             length -= end - self._fin_position
             end = self._fin_position
+            reason = "after_fin"
         if end > self.rcv_nxt and length > 0:
             if self._released:
+                self._host.drop("unread")
                 self._abort("unread")
                 return
-            self._store(packet, seq, start, start + length, now)
+            if self._store(packet, seq, start, start + length, now):
+                taken = True
+            else:
+                reason = "out_of_order"
         elif length > 0:
             self._dsack = (seq, end) if self._sack_on else None
             self._ack_owed = 2
+        if not taken:
+            self._host.drop(reason)
         if self._fin_known:
             self._ack_owed = 2
             if self.rcv_nxt == self._fin_position:
@@ -1421,8 +1438,8 @@ class Flow:
                 self._on_fin()
         self._predict()
 
-    def _store(self, packet: bytes, seq: int, start: int, end: int, now: float) -> None:
-        """Keep new payload: in order it is readable, else it waits for the gap to fill."""
+    def _store(self, packet: bytes, seq: int, start: int, end: int, now: float) -> bool:
+        """Keep new payload: in order it is readable, else it waits for the gap to fill. Returns: was it kept?"""
         queue = self._queue
         before = self.rcv_nxt
         if seq < before:
@@ -1431,6 +1448,10 @@ class Flow:
             start += before - seq
             seq = before
             self._ack_owed = 2
+        if (end - start) * 2 < len(packet):
+            # Cut at one end, or sent so: what is kept must not keep alive much more than itself.
+            packet = packet[start:end]
+            start, end = 0, len(packet)
         self._data_at = now
         self._answered = False
         waiting = self._out_of_order
@@ -1442,11 +1463,13 @@ class Flow:
             if waiting.covers(seq, seq + end - start):
                 self._dsack = (seq, seq + end - start) if self._sack_on else None
             limit = self._host.budget.receive_cap * 3 // 4
-            if waiting.insert(seq, seq + end - start, copy_small(packet, start, end), limit) == 0:
-                self._host.drop("out_of_order")
+            kept = waiting.insert(seq, seq + end - start, copy_small(packet, start, end), limit) > 0
+            if waiting.pushed_out:
+                self._host.drop_late("out_of_order", waiting.pushed_out)
+                waiting.pushed_out = 0
             if not waiting.starts:
                 self._out_of_order = None
-            return
+            return kept
         if waiting is None:
             queue.append(packet, start, end)
             self.rcv_nxt = seq + end - start
@@ -1460,6 +1483,7 @@ class Flow:
             self._ack_owed = 2
         self.readable_bytes = queue.size
         self.bytes_from_app += self.rcv_nxt - before
+        return True
 
     def _on_fin(self) -> None:
         self.peer_closed = True

@@ -187,7 +187,7 @@ class Stack:
 
     Attributes:
         drops: discarded packets by reason; every one counts exactly once. A call of `handle_packet` counts one at most;
-            fragments that go down with it are counted by the next `take_replies`.
+            those that had been taken and go with it (fragments, bytes beyond a gap) count with the next `take_replies`.
         packets: all packets handed in.
         accepted, refused, cancelled: decided requests, and those whose app gave up first.
         put_off: requests that gave up their place under pressure; see `tun.core.admission`.
@@ -208,7 +208,6 @@ class Stack:
         "_header4",
         "_header6",
         "_host",
-        "_late_drops",
         "_local",
         "_reassembler",
         "_relief_at",
@@ -256,7 +255,6 @@ class Stack:
         self._allowed: list[tuple[int, int, int]] = []
         self._requests: list[Flow] = []
         self._replies: list[bytearray] = []
-        self._late_drops: list[str] = []
         self._reassembler: Reassembler = Reassembler()
 
         self._header4: Ipv4Header = Ipv4Header()
@@ -487,10 +485,11 @@ class Stack:
         """Complete packets that belong to no flow."""
         replies = self._replies
         self._replies = []
-        if self._late_drops:
-            for reason in self._late_drops:
-                self._host.drop(reason)
-            self._late_drops.clear()
+        host = self._host
+        if host.late_drops:
+            for reason in host.late_drops:
+                host.drop(reason)
+            host.late_drops.clear()
         return replies
 
     def take_datagrams(self) -> list[ReceivedDatagram]:
@@ -797,7 +796,7 @@ class Stack:
         """Count the packet at hand, and those that waited for it and go with it: them at the end of the batch."""
         if packets:
             self._host.drop(reason)
-            self._late_drops += [reason] * (packets - 1)
+            self._host.drop_late(reason, packets - 1)
 
     def _handle_too_big(self, packet: bytes, at: int, end: int) -> None:
         """Errors about our segments: only "too big" changes anything; the others are soft (RFC 9293 MUST-56)."""
