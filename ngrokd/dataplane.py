@@ -518,12 +518,20 @@ class DataPlane:
 
     # Life
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serve until `drain` has been asked for and is over."""
+    async def run(
+        self,
+        *,
+        until: Callable[[], Awaitable[None]] | None = None,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serve until `drain` has been asked for and is over, and `until` has returned, which is called then.
+
+        New flows are refused to the very end.
+        """
         async with trio.open_nursery() as outer:
-            await outer.start(self._pump)
             async with trio.open_nursery() as flows:
-                self._flows = flows
+                self._flows = flows  # before the first packet is read: a SYN may have been waiting for us
+                await outer.start(self._pump)
                 async with trio.open_nursery() as pool:
                     pool.start_soon(self.ingress.run)
                     task_status.started()
@@ -531,6 +539,8 @@ class DataPlane:
                     pool.cancel_scope.cancel()
                 flows.cancel_scope.deadline = trio.current_time() + self._drain_s
             self._flows = None
+            if until is not None:
+                await until()
             outer.cancel_scope.cancel()
 
     async def _pump(self, *, task_status: trio.TaskStatus[None]) -> None:

@@ -7,9 +7,10 @@ types that are listed.
 
     to a worker                                         from a worker
     `Begin`, `Attach` (with a descriptor), all orders,  `Hello`, all reports of the data plane, `Said`
-    `Run`, later orders, `Drain`
+    `Run`, later orders
     a question                                          its answers, `Done`
-                                                        `Failed`, or `Ended` when draining is over
+    `Drain`                                             `Drained`, when its flows are over
+    `End`, when those of all are                        `Failed`, whenever it cannot go on
 
 The directory is the one order that does not travel as it is: 65,000 endpoints in one message would hold up the packets
 of the worker that decodes it for a tenth of a second (docs/adr/0019). It travels as `Entries`, the changes since what
@@ -105,9 +106,14 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """See `DataPlane.drain`."""
+    """See `DataPlane.drain`. Until `End` new flows are refused all the same."""
 
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """Nobody has flows any more."""
 
 
 # -- questions
@@ -216,15 +222,15 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
-    """Draining is over, and the worker ends."""
+class Drained:
+    """The flows of this worker are over."""
 
 
 QUESTIONS: Final = get_args(Question)
 ORDERS: Final = tuple(kind for kind in get_args(Order) if kind is not Serve)
-TO_WORKER: Final[tuple[type, ...]] = (Begin, Attach, Entries, Commit, Run, Drain, *ORDERS, *QUESTIONS)
+TO_WORKER: Final[tuple[type, ...]] = (Begin, Attach, Entries, Commit, Run, Drain, End, *ORDERS, *QUESTIONS)
 FROM_WORKER: Final[tuple[type, ...]] = (
-    Hello, Counts, Flows, Truth, Probed, Done, Said, Lost, Failed, Ended, *get_args(Report),
+    Hello, Counts, Flows, Truth, Probed, Done, Said, Lost, Failed, Drained, *get_args(Report),
 )  # fmt: skip
 
 Message: TypeAlias = Any  # one of the types above; each side looks

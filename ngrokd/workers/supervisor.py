@@ -74,7 +74,8 @@ from ngrokd.workers.messages import (
     Counts,
     Done,
     Drain,
-    Ended,
+    Drained,
+    End,
     Entries,
     Failed,
     Flows,
@@ -141,7 +142,7 @@ class _Worker:
 
     Attributes:
         ready: it has been told everything and reads packets.
-        ended: it says that draining is over.
+        drained: its flows are over, and it waits for those of the others.
         failed: what it says was wrong with it.
         counts: its numbers, as it last said.
         live: the flows that it carries, by number.
@@ -156,7 +157,7 @@ class _Worker:
         self.pid = process.pid
         self.started_at = trio.current_time()
         self.ready = trio.Event()
-        self.ended = False
+        self.drained = False
         self.failed: Failed | None = None
         self.counts = Counts({}, {}, "")
         self.live: dict[int, FlowEvent] = {}
@@ -167,6 +168,7 @@ class _Worker:
         self._heard: dict[type, int] = {}  # kind of order -> revision
         self._device = -1  # generation
         self._drain = math.inf
+        self._told_end = False
         self._questions: list[tuple[int, _Asked]] = []
         self._open: dict[int, _Asked] = {}
         self._news = trio.Event()
@@ -227,6 +229,9 @@ class _Worker:
                 if self._plane.drain_s < self._drain:
                     self._drain = self._plane.drain_s
                     await self._channel.send(encode(Drain(self._drain)))
+                if self._plane.drained and not self._told_end:
+                    self._told_end = True
+                    await self._channel.send(encode(End()))
                 questions, self._questions = self._questions, []
                 for number, asked in questions:
                     self._open[number] = asked
@@ -311,8 +316,9 @@ class _Worker:
                 logging.getLogger(printable(logger, 60)).log(level, "worker %d: %s", self.index, text)
             case Lost(reports):
                 log.warning("%d reports of worker %d were lost, because this process was too slow", reports, self.index)
-            case Ended():
-                self.ended = True
+            case Drained():
+                self.drained = True
+                self._plane.look_whether_drained()
             case Failed():
                 self.failed = message
             case _:
@@ -365,6 +371,7 @@ class WorkersPlane:
         self._next_flow = list(range(1, workers + 1))
         self._scope: trio.CancelScope | None = None
         self.drain_s = math.inf
+        self.drained = False
 
     # For its workers
 
@@ -402,6 +409,12 @@ class WorkersPlane:
         self._put(replace(trust, pem=trust.pem + b"\n" + pem))
         finder.has_heard(Trust)
         self._report(CaFound(pem))
+
+    def look_whether_drained(self) -> None:
+        """Whoever has drained goes on refusing until all have."""
+        if all(worker.drained for worker in self._workers.values()):
+            self.drained = True
+            self._wake()
 
     def device_lost(self, generation: int, message: str) -> None:
         """A worker has lost its queue. The daemon is told once for all of them."""
@@ -578,11 +591,15 @@ class WorkersPlane:
         first = True
         while True:
             error = await self._employ(index, task_status if first else trio.TASK_STATUS_IGNORED)
-            if not math.isinf(self.drain_s):
-                return
             worker = self._workers.get(index)
-            was_ready = worker is not None and worker.ready.is_set()
-            if first and not was_ready:
+            never_ran = first and (worker is None or not worker.ready.is_set())
+            if not math.isinf(self.drain_s):
+                if never_ran:
+                    task_status.started()
+                self._leave(index)
+                self.look_whether_drained()
+                return
+            if never_ran:
                 raise error
             first = False
             self._restarts[index] += 1
@@ -622,9 +639,16 @@ class WorkersPlane:
             log.info("worker %d runs again, as process %d", worker.index, worker.pid)
         task_status.started()
 
+    def _leave(self, index: int) -> _Worker | None:
+        """Keep what it counted."""
+        worker = self._workers.pop(index, None)
+        if worker is not None:
+            self._ended_counters = add_counters([self._ended_counters, lasting(worker.counts.counters)])
+        return worker
+
     def _bury(self, index: int, error: NgrokdError) -> None:
         """Tell what ended with a worker, and keep what it counted."""
-        worker = self._workers.pop(index, None)
+        worker = self._leave(index)
         remedy = f"; {error.remedy}" if error.remedy else ""
         if worker is None:
             log.error("worker %d: %s%s", index, error, remedy)
@@ -633,7 +657,6 @@ class WorkersPlane:
             "worker %d (process %d): %s%s; %d connections ended with it, and another one takes its place",
             *(index, worker.pid, error, remedy, len(worker.live)),
         )
-        self._ended_counters = add_counters([self._ended_counters, lasting(worker.counts.counters)])
         # Numbers of flows that it did not live to tell of are left out.
         told = max(worker.highest, self._next_flow[index])
         self._next_flow[index] = told + self._count * (1 + worker.counts.counters.get("relay.requests", 0) + 1000)

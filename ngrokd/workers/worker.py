@@ -4,7 +4,9 @@
     <- Begin, Attach    settings and device: the data plane is made
     <- orders           everything there is to know, before the first packet is read
     <- Run              packets
-    <- Drain ... Ended  the flows have had their time; the process ends
+    <- Drain            new flows are refused from now on, and those that live have their time
+    Drained ->          they are over; so it waits, and refuses, for those of the other workers
+    <- End              the process ends
 
 What the data plane reports is encoded where it happens and waits in the outbox for the task that sends; reporting never
 waits. When the socket ends the daemon is gone, and so is the worker, at once: whatever it would still carry, nobody
@@ -56,7 +58,8 @@ from ngrokd.workers.messages import (
     Counts,
     Done,
     Drain,
-    Ended,
+    Drained,
+    End,
     Entries,
     Failed,
     Flows,
@@ -149,7 +152,7 @@ class Worker:
         self._device: Device | None = None
         self._plane: DataPlane | None = None
         self._directory = Directory.empty()
-        self._running = False
+        self._end = trio.Event()
 
     async def run(self) -> None:
         """Serve until draining is over or the daemon is gone. Raises BadMessage, and what a bug raises."""
@@ -186,10 +189,11 @@ class Worker:
             case Commit(linger_s):
                 self._told.tell(Serve(self._directory, linger_s))
             case Run():
-                self._running = True
                 nursery.start_soon(self._run_plane, nursery.cancel_scope)
             case Drain(seconds):
                 self._told.drain(seconds)
+            case End():
+                self._end.set()
             case AskCounts():
                 # At once and in turn: the answer says besides that all before it is in force.
                 self._answer(number, self._count())
@@ -220,11 +224,14 @@ class Worker:
             log.error("%s", error)
 
     async def _run_plane(self, scope: trio.CancelScope) -> None:
-        await self._told.run()
-        self.outbox.add(encode(self._count()))
-        self.outbox.add(encode(Ended()))
+        await self._told.run(until=self._until_all_have_drained)
         await self.outbox.sent()
         scope.cancel()
+
+    async def _until_all_have_drained(self) -> None:
+        self.outbox.add(encode(self._count()))
+        self.outbox.add(encode(Drained()))
+        await self._end.wait()
 
     # What it is asked
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -130,3 +132,231 @@ def test_the_main_job_is_done_by_both(stage: Callable[..., Stage]) -> None:
     client.expect("alive 60 reset 0")
     assert play.daemon is not None
     assert "imported late" not in play.daemon.stderr, play.daemon.stderr
+
+
+def test_workers_have_no_rights(stage: Callable[..., Stage]) -> None:
+    """Nobody's user, no capability, none to be got; not to be looked into; nothing of the daemon's but the sockets."""
+    play = stage()
+    daemon = play.start()
+
+    for worker in workers(play):
+        status = process_status(worker["pid"])
+        assert status["Uid"].split() == status["Gid"].split() == ["65534"] * 4
+        assert status["Groups"] == ""
+        assert {status[name] for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {"0" * 16}
+        assert status["NoNewPrivs"] == "1"
+        assert status["PPid"] == str(daemon.pid)
+        fds = {os.readlink(f"/proc/{worker['pid']}/fd/{fd}") for fd in os.listdir(f"/proc/{worker['pid']}/fd")}
+        assert "/dev/net/tun" in fds
+        assert {name for name in fds if name.startswith("/")} <= {"/dev/null", "/dev/net/tun"}
+        assert os.stat(f"/proc/{worker['pid']}/fd").st_uid == 0, "undumpable"
+        environment = Path(f"/proc/{worker['pid']}/environ").read_bytes()
+        assert b"NGROK_API_KEY" not in environment
+        assert b"HOME=" not in environment
+    assert "imported late" not in daemon.stderr
+
+
+def test_the_user_ngrokd_is_taken_where_it_exists(stage: Callable[..., Stage]) -> None:
+    play = stage()
+    play.ns.run(["sh", "-c", "echo ngrokd:x:4242:4343::/:/usr/sbin/nologin >> /etc/passwd"])
+    play.start()
+
+    for worker in workers(play):
+        status = process_status(worker["pid"])
+        assert (status["Uid"].split(), status["Gid"].split()) == (["4242"] * 4, ["4343"] * 4)
+
+
+def test_a_killed_worker_is_back_within_a_second_and_the_others_go_on(stage: Callable[..., Stage]) -> None:
+    """Its own connections are reset when they speak; the ones of the other carry on; new ones hardly notice."""
+    play = stage()
+    daemon = play.start()
+    held = hold(play, 40)
+    before = workers(play)
+    visitor = play.ns.start([sys.executable, "-u", "-c", CONNECTING_CLIENT])
+    visitor.expect(r"ok")
+
+    os.kill(before[0]["pid"], signal.SIGKILL)
+    daemon.expect(r"worker 0 \(process \d+\): it was ended by SIGKILL; \d+ connections ended", stream="stderr")
+    daemon.expect("worker 0 runs again", stream="stderr")
+    held.write("x\n")
+    alive, reset = map(int, held.expect(r"alive (\d+) reset (\d+)").groups())
+
+    assert (alive, reset) == (before[1]["flows"], before[0]["flows"])
+    assert alive >= 5
+    assert reset >= 5
+    visits = len(visitor.stdout.splitlines())
+    wait_until(lambda: len(visitor.stdout.splitlines()) > visits + 5, within=10)
+    # A SYN that nobody answers is sent again after a second: so long may one visitor wait, and nobody is turned away.
+    attempts = [line.split() for line in visitor.stdout.splitlines()[:-1]]
+    assert {outcome for _, _, outcome in attempts} <= {"ok", "ConnectionResetError"}, attempts
+    assert [outcome for _, _, outcome in attempts].count("ConnectionResetError") <= 1
+    assert max(float(took) for _, took, _ in attempts) < 3.0
+    after = play.status()
+    assert [worker["restarts"] for worker in after["workers"]] == [1, 0]
+    assert after["workers"][0]["pid"] != before[0]["pid"]
+    assert after["state"] == "ready"
+    assert after["counters"]["relay.accepted"] >= 40 + len(attempts) - 1, "what the dead one counted is not forgotten"
+    held.write("y\n")
+    held.expect(rf"alive {alive} reset \d+\nalive {alive} reset")
+
+
+def test_how_soon_a_killed_worker_is_replaced(stage: Callable[..., Stage]) -> None:
+    """Within a second, in the best of three goes: the machine may be busy with other things."""
+    play = stage()
+    daemon = play.start()
+    took = []
+    for count in range(1, 4):
+        pid = workers(play)[1]["pid"]
+        began = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        daemon.expect(rf"(?s)(?:worker 1 runs again.*){{{count}}}", stream="stderr", timeout=10)
+        took.append(time.monotonic() - began)
+
+    assert min(took) < 1.0, took
+
+
+def test_workers_do_not_outlive_a_killed_daemon(stage: Callable[..., Stage]) -> None:
+    """Nobody is left who holds the interface, so the next daemon can have it at once."""
+    play = stage()
+    daemon = play.start()
+    pids = [worker["pid"] for worker in workers(play)]
+    client = hold(play, 10)
+
+    daemon.kill()
+    took = wait_until(lambda: not any(map(is_alive, pids)), within=5)
+    daemon.wait(timeout=5)
+
+    assert took < 1.0
+    assert "ngrokd0" not in play.ns.run(["ip", "link"]).stdout
+    client.write("x\n")
+    play.start()
+    assert "alive 10" not in client.stdout
+    assert play.ns.run(["curl", "-sS", "--max-time", "10", "http://hello.demo/"]).stdout
+
+
+def test_a_worker_whose_parent_died_before_it_could_ask_ends(stage: Callable[..., Stage]) -> None:
+    """A worker that was stopped all the while notices by its socket, or by the signal that waited for it."""
+    play = stage()
+    daemon = play.start()
+    pids = [worker["pid"] for worker in workers(play)]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+
+    daemon.kill()
+    daemon.wait(timeout=5)
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+    wait_until(lambda: not any(map(is_alive, pids)), within=2)
+
+
+def test_sigterm_drains_both_and_leaves_nothing(stage: Callable[..., Stage]) -> None:
+    """Connections have their time, new ones are refused by both, and then link, routes and processes are gone."""
+    play = stage("--demo", "--set", 'net.drain="30s"')
+    before = play.network()
+    daemon = play.start()
+    pids = [worker["pid"] for worker in workers(play)]
+    client = hold(play, 1)
+
+    daemon.terminate()
+    daemon.expect("stopping: new connections are refused, 1 live", stream="stderr")
+    client.write("x\n")
+    client.expect("alive 1 reset 0")
+    refused = play.ns.python(
+        "import socket\n"
+        "words = set()\n"
+        "for _ in range(20):\n"
+        "    try: socket.create_connection(('10.107.0.2', 80), 5)\n"
+        "    except OSError as error: words.add(type(error).__name__)\n"
+        "    else: words.add('connected')\n"
+        "print(*sorted(words))\n"
+    )
+    client.kill()
+
+    assert refused.stdout.split() == ["ConnectionRefusedError"], "by the one that has no connection left, too"
+    assert daemon.wait(timeout=10) == 0
+    assert not any(map(is_alive, pids))
+    assert play.network() == before
+    assert "10.107." not in play.hosts()
+
+
+def test_ctrl_c_in_a_terminal_is_the_daemons_to_handle(stage: Callable[..., Stage]) -> None:
+    """It reaches all processes of the terminal; workers leave the order of things to the daemon."""
+    play = stage()
+    daemon = play.start()
+    client = hold(play, 10)
+
+    os.killpg(daemon.pid, signal.SIGINT)
+    client.write("x\n")
+    client.expect("alive 10 reset 0")
+
+    assert daemon.wait(timeout=10) == 0
+    assert "ended by SIGINT" not in daemon.stderr
+    assert "Traceback" not in daemon.stderr
+
+
+def test_a_renewed_certificate_reaches_both_without_rights(stage: Callable[..., Stage]) -> None:
+    """Each loads it into OpenSSL by itself, as nobody and undumpable; live connections are not touched."""
+    play = stage("--demo", "--set", "pool.max=0")
+    play.start()
+    held = hold(play, 10)
+    serials = {one["client_serial"] for one in play.lab.do("connections 10")["connections"]}
+
+    play.ngrokd("refresh-cert", "--force")
+    held.write("x\n")
+    held.expect("alive 10 reset 0")
+    hold(play, 30)
+    after = play.lab.do("connections 30")["connections"]
+    accepted = [worker["accepted"] for worker in workers(play)]
+
+    assert len(serials) == 1
+    assert len({one["client_serial"] for one in after}) == 1
+    assert serials.isdisjoint(one["client_serial"] for one in after)
+    assert min(accepted) >= 3
+
+
+def test_a_ca_that_one_worker_finds_is_known_to_all(stage: Callable[..., Stage]) -> None:
+    """The default trust: the ingress presents its CA, known by its fingerprint; the daemon keeps it."""
+    play = stage("--demo", "--trust", "fingerprint")
+    play.start()
+
+    hold(play, 20)
+
+    assert min(worker["accepted"] for worker in workers(play)) >= 1
+    assert "BEGIN CERTIFICATE" in (play.directory / "state" / "ingress-ca.pem").read_text()
+
+
+def test_the_interface_comes_back_for_both_when_somebody_deletes_it(stage: Callable[..., Stage]) -> None:
+    """A link is not a connection; both workers get a queue of the new one."""
+    play = stage()
+    play.start()
+    client = hold(play, 40)
+    flows = [worker["flows"] for worker in workers(play)]
+
+    play.ns.run(["ip", "link", "del", "ngrokd0"])
+    wait_until(lambda: "ngrokd0" in play.ns.run(["ip", "route"]).stdout, within=10)
+    client.write("two\n")
+    client.expect("alive 40 reset 0", timeout=20)
+
+    assert min(flows) >= 5
+    assert [worker["flows"] for worker in workers(play)] == flows
+    assert [worker["restarts"] for worker in workers(play)] == [0, 0]
+
+
+def test_status_speaks_of_all_workers_as_of_one(stage: Callable[..., Stage]) -> None:
+    """Numbers are those of now, and what was counted adds up."""
+    play = stage()
+    play.start()
+    client = hold(play, 20)
+
+    shown = play.status()
+    client.kill()
+    client.wait()
+
+    counters = shown["counters"]
+    assert counters["relay.active"] == shown["flows"] == 20
+    assert counters["stack.accepted"] == sum(worker["accepted"] for worker in shown["workers"]) == 20
+    assert shown["pool"]["hits"] + shown["pool"]["adopted"] + shown["pool"]["misses"] == 20
+    assert counters["stack.packets"] == sum(worker["packets"] for worker in shown["workers"])
+    wait_until(lambda: play.status()["flows"] == 0, within=5)
