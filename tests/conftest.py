@@ -17,6 +17,7 @@ _MARKS = (
     "rule(*numbers): rules of our TCP/IP that the test proves",
     "bug(*names): mistakes of other stacks that the test would have caught",
     "scenario(*names): scenarios of packetimpact that the test plays",
+    "ipv4: the script is played over IPv4 only, for its numbers are IPv4's",
 )
 
 

@@ -399,11 +399,15 @@ BUGS: Final[Mapping[str, str]] = {
     "lwIP 47485": "closing failed when memory was short",
     "lwIP 45559": "scaling cut the window off",
     "lwIP 9989": "bytes out of order had no bound",
+    "lwIP tcp_kill_prio": "when memory was short nobody gave way",
     "Tailscale 04d24cdbd": "the end of one direction ended both",
     "Tailscale 7429e8912": "a repeated SYN leaked a count",
     "Tailscale c5abbcd4b": "attempts that were given up were dialled on without end",
     "Tailscale ca39c4e15": "TIME-WAIT kept buffers",
+    "Tailscale 8e42510a7": "a second way out did not know of segments that the device cuts",
+    "Tailscale 31cdbd68b": "a buffer was too small for the largest packets",
     "Tailscale b0e63cbeb": "dead flows piled up without keepalive",
+    "wireguard-go 052af4a": "a wrong mask took fragments for whole packets",
     "passt keepalive": "keepalives counted as duplicate ACKs",
     "gvisor-tap-vsock 7dd9c904": "a request that failed was never completed and kept its place",
     "zephyr 90086": "a refusal with the wrong number let Linux hang",
@@ -441,6 +445,18 @@ SCENARIOS: Final[Mapping[str, str]] = {
     "tcp_zero_window_probe": "no probe without data, at the last byte, and recovery when the window opens",
     "tcp_zero_window_probe_retransmit": "gaps between probes double",
     "tcp_zero_window_probe_usertimeout": "probes that nobody answers end the connection",
+}
+
+# What has been looked at and cannot happen to us, and why.
+NOT_OURS: Final[Mapping[str, str]] = {
+    "gVisor 368fc605d (a RST while switching to SYN cookies), tcp_syncookie": "there are no SYN cookies: what is "
+    "scarce is dials, and these are bounded (ADR 2)",
+    "gVisor 5f8c66e26 (CUBIC shrank the window), tcp_rack": "congestion control is NewReno; loss is told by "
+    "duplicates, SACK and time",
+    "wireguard-go aad7fca (packets with IP options were joined)": "the kernel joins segments, we never do",
+    "Tailscale 2f27319ba (a data race where packets were joined)": "one loop does all of it",
+    "tcp_queue_send_recv_in_syn_sent, simultaneous open": "we never connect",
+    "icmpv4_socket, icmpv6_socket, udp_*": "sockets of a kernel; what we answer to echo and UDP is in rules 9 to 11",
 }
 
 
@@ -507,6 +523,8 @@ def render_page() -> str:
     lines += ["", "# Scenarios of packetimpact", "", "| scenario | what happens | tests |", "|---|---|---|"]
     for key, what in SCENARIOS.items():
         lines.append(f"| {key} | {what} | {_cell([t for t in tests if key in t.scenarios])} |")
+    lines += ["", "# What cannot happen to us", "", "| mistake or scenario | why |", "|---|---|"]
+    lines += [f"| {key} | {why} |" for key, why in NOT_OURS.items()]
     return "\n".join([*lines, ""])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tun.seq import MASK
-from tun.testing.playbook import APP, ENDPOINT, OPEN, OPEN_SACK, OPEN_STAMPS, Play, Playbook, pattern, tuned
+from tun.testing.playbook import OPEN, OPEN_SACK, OPEN_STAMPS, Play, Playbook, pattern, tuned
 from tun.wire.tcp import ACK, build_tcp
 
 
@@ -14,8 +14,8 @@ def send_quietly(book: Playbook, position: int, count: int) -> None:
     assert book.flow is not None
 
     packet = build_tcp(
-        APP,
-        ENDPOINT,
+        book.app,
+        book.endpoint,
         40000,
         443,
         seq=position,
@@ -41,7 +41,15 @@ def test_one_ack_for_a_batch(play: Play) -> None:
     assert flow is not None
     for number in (1, 1001, 2001):
         packet = build_tcp(
-            APP, ENDPOINT, 40000, 443, seq=number, ack=flow.snd_nxt & MASK, flags=ACK, window=512, payload=bytes(1000)
+            book.app,
+            book.endpoint,
+            40000,
+            443,
+            seq=number,
+            ack=flow.snd_nxt & MASK,
+            flags=ACK,
+            window=512,
+            payload=bytes(1000),
         )
         book.stack.handle_packet(bytes(packet), 0, True, book.now)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tun.testing.playbook import APP, ENDPOINT, OPEN, OPEN_SACK, OPEN_STAMPS, Play, tuned
+from tun.testing.playbook import OPEN, OPEN_SACK, OPEN_STAMPS, Play, tuned
 from tun.wire.tcp import SYN, build_tcp
 
 PENDING = """
@@ -171,9 +171,9 @@ def test_data_in_the_syn_is_left_to_be_resent(play: Play) -> None:
 def test_ecn_and_reserved_bits_do_not_matter(play: Play) -> None:
     """A SYN with ECE and CWR is a SYN (gVisor rejected them and broke forwarders)."""
     book = play("us  | none")
-    syn = build_tcp(APP, ENDPOINT, 40000, 443, seq=0, flags=SYN, window=1)
-    syn[32] |= 0x0F
-    syn[33] |= 0xC0
+    syn = build_tcp(book.app, book.endpoint, 40000, 443, seq=0, flags=SYN, window=1)
+    syn[book.ip_header + 12] |= 0x0F
+    syn[book.ip_header + 13] |= 0xC0
     book.stack.handle_packet(bytes(syn), 0, True, book.now)
 
     assert len(book.stack.take_requests()) == 1
@@ -182,6 +182,7 @@ def test_ecn_and_reserved_bits_do_not_matter(play: Play) -> None:
 # -- options ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.ipv4
 @pytest.mark.rule(22, 23)
 @pytest.mark.bug("lwIP 37969")
 @pytest.mark.scenario("tcp_cork_mss")
@@ -198,11 +199,11 @@ def test_no_options_means_the_defaults(play: Play) -> None:
     """)
 
 
-@pytest.mark.parametrize(("offered", "used"), [(0, 536), (1, 48), (47, 48), (48, 48), (1400, 1400), (65535, 1460)])
+@pytest.mark.parametrize(("offered", "used"), [(1, 48), (47, 48), (48, 48), (1400, 1400), (65535, 1460)])
 @pytest.mark.rule(22)
 @pytest.mark.bug("smoltcp 43697943")
 def test_mss_is_clamped(play: Play, offered: int, used: int) -> None:
-    """0 is no MSS, tiny ones would make us send headers, huge ones do not fit our link."""
+    """Tiny ones would make us send headers, huge ones do not fit our link."""
     play(f"""
         app > S  0:0(0)        win 65535 mss {offered} wscale 7
         us  | request 10.107.0.2:443
@@ -211,6 +212,24 @@ def test_mss_is_clamped(play: Play, offered: int, used: int) -> None:
         app > .  1:1(0) ack 1
         us  | write 3000
         app < P. 1:3001(3000) ack 1  gso {used}
+    """)
+
+
+@pytest.mark.rule(22)
+@pytest.mark.bug("smoltcp 43697943")
+def test_an_mss_of_zero_is_none(play: Play) -> None:
+    """So the least of the version counts: 536, or 1220."""
+    book = play("""
+        app > S  0:0(0)        win 65535 mss 0 wscale 7
+        us  | request 10.107.0.2:443
+        us  | accept
+        app < S. 0:0(0) ack 1
+        app > .  1:1(0) ack 1
+    """)
+
+    book.play(f"""
+        us  | write 3000
+        app < P. 1:3001(3000) ack 1  gso {536 if book.version == 4 else 1220}
     """)
 
 
@@ -262,6 +281,7 @@ def test_timestamps_are_answered_with_what_came(play: Play) -> None:
     )
 
 
+@pytest.mark.ipv4
 @pytest.mark.rule(22)
 def test_our_mss_follows_the_link(play: Play) -> None:
     """A link of 65535 bytes takes segments of 65495, and more is never said (RFC 9293 3.7.1)."""

@@ -110,7 +110,7 @@ def test_challenges_of_flows_do_not_depend_on_each_other(play: Play) -> None:
         """,
         begin=OPEN,
     )
-    other = Playbook(app_port=40001)
+    other = Playbook(app_port=40001, version=book.version)
     other.stack = book.stack
     other.now = book.now
 

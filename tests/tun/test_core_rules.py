@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import pytest
 
 from tun.core.stack import Stack, StackSettings
 from tun.core.states import ESTABLISHED
+from tun.seq import MASK
 from tun.testing.playbook import APP, ENDPOINT, OPEN, OPEN_STAMPS, Play, Playbook, tuned
 from tun.wire import icmp
 from tun.wire.checksum import internet_checksum
@@ -17,13 +19,13 @@ from tun.wire.tcp import ACK, PSH, SYN, URG, build_tcp, options
 NOBODY = b"\x0a\x6b\x00\x63"
 
 
-def from_app(book: Playbook, position: int, payload: bytes = b"", flags: int = ACK, **fields: int) -> bytearray:
+def from_app(book: Playbook, position: int, payload: bytes = b"", flags: int = ACK, **fields: Any) -> bytearray:
     """A segment of the app's, to be bent."""
     assert book.flow is not None
+    ack = fields.pop("ack", book.flow.snd_nxt) & MASK
     return build_tcp(
-        APP, ENDPOINT, 40000, 443, seq=position, ack=fields.pop("ack", book.flow.snd_nxt) & 0xFFFFFFFF, flags=flags,
-        window=512, payload=payload, **fields,  # type: ignore[arg-type]  # numbers all of them
-    )  # fmt: skip
+        book.app, book.endpoint, 40000, 443, seq=position, ack=ack, flags=flags, window=512, payload=payload, **fields
+    )
 
 
 def give(book: Playbook, packet: bytes | bytearray, verified: bool = True) -> list[str]:
@@ -61,6 +63,7 @@ def test_padding_is_never_data(play: Play, flags: int) -> None:
     """)
 
 
+@pytest.mark.ipv4
 @pytest.mark.rule(8)
 @pytest.mark.scenario("ipv4_id_uniqueness")
 def test_what_we_send_is_never_fragmented(play: Play) -> None:
@@ -144,6 +147,7 @@ def test_overlapping_fragments_kill_their_datagram(offset: int, size: int) -> No
     assert stack.drops["fragment"] >= 1
 
 
+@pytest.mark.ipv4
 @pytest.mark.rule(12)
 @pytest.mark.scenario("tcp_connect_icmp_error")
 @pytest.mark.parametrize("state", ["half-open", "established"])
@@ -168,6 +172,58 @@ def test_errors_about_a_connection_are_soft(play: Play, state: str) -> None:
     assert book.stack.drops == {"icmp": len(kinds)}
 
 
+@pytest.mark.ipv4
+@pytest.mark.rule(6)
+@pytest.mark.bug("wireguard-go 052af4a")
+@pytest.mark.parametrize("field", [0x2000, 0x6000, 0x0001, 0x2001, 0x1FFF])
+def test_a_fragment_is_never_taken_for_the_next_segment(play: Play, field: int) -> None:
+    """Whatever bit says that it is one; what it carries would fit into the connection just so."""
+    book = play("us  | flow ESTABLISHED", begin=OPEN)
+    packet = from_app(book, 1, b"hello")
+    packet[6:8] = field.to_bytes(2, "big")
+    packet[10:12] = b"\0\0"
+    packet[10:12] = internet_checksum(packet[:20]).to_bytes(2, "big")
+
+    assert give(book, packet) == []
+    assert book.flow is not None
+    assert book.flow.readable_bytes == 0
+    assert book.stack.drops == {"fragment": 1}
+
+
+@pytest.mark.rule(13)
+@pytest.mark.bug("Tailscale 31cdbd68b")
+def test_the_largest_packets_pass_both_ways(play: Play) -> None:
+    """65,535 bytes with all headers come in; what goes out never has more, whatever the app's segments are."""
+    book = play(
+        """
+        app > S  0:0(0)        win 65535 mss 65495 ts 1000 ecr 0 wscale 14
+        us  | request 10.107.0.2:443
+        us  | accept
+        app < S. 0:0(0) ack 1
+        app > .  1:1(0) ack 1 win 65535 ts 1000 ecr 1
+        """,
+        settings=tuned(mtu=65535),
+    )
+    largest = 65535 - book.ip_header - 32
+    book.play(f"""
+        app > P. 1:{1 + largest}({largest}) ack 1 ts 1001 ecr 1
+        app < .  1:1(0) ack {1 + largest}
+        us  | read {largest}
+    """)
+    assert book.flow is not None
+    sizes: list[int] = []
+
+    def write(header: bytearray | memoryview, views: object, gso: int) -> bool:
+        sizes.append(len(header) + sum(map(len, views)))  # type: ignore[call-overload]  # the views are bytes-like
+        return True
+
+    book.flow.write(bytes(200_000), book.now)
+    book.stack.flush(book.flow, write, book.now)
+
+    assert max(sizes) <= 65535
+    assert max(sizes) > 65000
+
+
 @pytest.mark.rule(13)
 def test_a_packet_larger_than_the_link_is_taken(play: Play) -> None:
     """With offload the kernel hands over 64 KiB at once, whatever the MTU."""
@@ -190,7 +246,7 @@ def test_a_header_that_does_not_fit_is_dropped_silently(play: Play, offset: int)
     """Never a RST for what may be noise (RFC 9293 MUST-3)."""
     book = play("us  | flow ESTABLISHED", begin=OPEN)
     packet = from_app(book, 1, b"hello")
-    packet[32] = offset << 4
+    packet[book.ip_header + 12] = offset << 4
 
     assert give(book, packet) == []
     assert sum(book.stack.drops.values()) == 1
@@ -203,9 +259,10 @@ def test_a_header_that_does_not_fit_is_dropped_silently(play: Play, offset: int)
 def test_reserved_and_ecn_bits_are_neither_taken_nor_given(play: Play, bits: tuple[int, int]) -> None:
     """In a SYN and in data; what we answer has none of them."""
     book = play("us  | none")
-    packet = build_tcp(APP, ENDPOINT, 40000, 443, seq=0, flags=SYN, window=1)
-    packet[32] |= bits[0]
-    packet[33] |= bits[1]
+    at = book.ip_header + 12
+    packet = build_tcp(book.app, book.endpoint, 40000, 443, seq=0, flags=SYN, window=1)
+    packet[at] |= bits[0]
+    packet[at + 1] |= bits[1]
     give(book, packet)
     assert book.flow is not None
     book.play("""
@@ -214,12 +271,12 @@ def test_reserved_and_ecn_bits_are_neither_taken_nor_given(play: Play, bits: tup
         app > .  1:1(0) ack 1
     """)
     packet = from_app(book, 1, b"hello")
-    packet[32] |= bits[0]
-    packet[33] |= bits[1]
+    packet[at] |= bits[0]
+    packet[at + 1] |= bits[1]
 
     assert len(give(book, packet)) == 1
     assert book.flow.readable_bytes == 5
-    assert all(sent[32] & 0x0F == 0 and sent[33] & 0xC0 == 0 for sent in book.packets)
+    assert all(sent[at] & 0x0F == 0 and sent[at + 1] & 0xC0 == 0 for sent in book.packets)
 
 
 @pytest.mark.rule(17)
@@ -249,11 +306,11 @@ def test_the_urgent_pointer_may_point_anywhere(play: Play, pointer: int) -> None
     book = play("us  | none")
 
     def urgent(packet: bytearray) -> bytearray:
-        packet[33] |= URG
-        packet[38:40] = pointer.to_bytes(2, "big")
+        packet[book.ip_header + 13] |= URG
+        packet[book.ip_header + 18 : book.ip_header + 20] = pointer.to_bytes(2, "big")
         return packet
 
-    give(book, urgent(build_tcp(APP, ENDPOINT, 40000, 443, seq=0, flags=SYN, window=512)))
+    give(book, urgent(build_tcp(book.app, book.endpoint, 40000, 443, seq=0, flags=SYN, window=512)))
     book.play("""
         us  | accept
         app < S. 0:0(0) ack 1
@@ -345,11 +402,11 @@ def test_options_leave_room_in_the_smallest_segments(play: Play, mss: int) -> No
         sizes.append(sum(map(len, views)))  # type: ignore[call-overload]  # the views are bytes-like
         return True
 
-    flow.write(bytes(1000), book.now)
+    flow.write(bytes(3000), book.now)
     book.stack.flush(flow, write, book.now)
 
-    assert sum(sizes) == 1000
-    assert set(sizes[:-1]) == {(536 if mss == 0 else max(mss, 48)) - 12}
+    assert sum(sizes) == 3000
+    assert set(sizes[:-1]) == {(max(mss, 48) if mss else 536 if book.version == 4 else 1220) - 12}
 
 
 @pytest.mark.rule(24)
@@ -368,7 +425,7 @@ def test_only_what_was_offered_is_agreed_to(play: Play, offered: str, answered: 
 
     (syn_ack,) = book.packets
     stamped, sack = "ts" in offered, "sack" in offered
-    assert len(syn_ack) == 40 + 4 + {(0, 0): 0, (0, 1): 4, (1, 0): 12, (1, 1): 12}[stamped, sack]
+    assert len(syn_ack) == book.ip_header + 20 + 4 + {(0, 0): 0, (0, 1): 4, (1, 0): 12, (1, 1): 12}[stamped, sack]
 
 
 @pytest.mark.rule(24)
@@ -397,11 +454,11 @@ def test_every_segment_is_stamped_but_resets(play: Play) -> None:
         """,
         begin=OPEN_STAMPS,
     )
-    assert all(b"\x08\x0a" in packet[40:80] for packet in book.packets)
+    assert all(b"\x08\x0a" in packet[book.ip_header + 20 :] for packet in book.packets)
 
     book.play("us  | abort\napp < R. 22:22(0) ack 26")
 
-    assert len(book.packets[-1]) == 40
+    assert len(book.packets[-1]) == book.ip_header + 20
 
 
 @pytest.mark.rule(27)
@@ -604,6 +661,47 @@ def test_windows_around_the_size_of_a_segment(play: Play, spare: int) -> None:
         {more}
         """
     )
+
+
+@pytest.mark.rule(45, 48)
+@pytest.mark.bug("Tailscale 8e42510a7")
+@pytest.mark.parametrize("offload", [True, False])
+def test_every_way_out_knows_how_large_a_segment_may_be(play: Play, offload: bool) -> None:
+    """First sendings, holes that SACK shows, duplicates, timeouts: what the device shall cut says so, all else fits."""
+    book = play("us  | flow ESTABLISHED", begin=OPEN_STAMPS, settings=tuned(offload=offload))
+    flow, stack = book.flow, book.stack
+    assert flow is not None
+    seen: list[tuple[int, int]] = []
+
+    def write(header: bytearray | memoryview, views: object, gso: int) -> bool:
+        seen.append((sum(map(len, views)), gso))  # type: ignore[call-overload]  # the views are bytes-like
+        return True
+
+    def say(ack: int, *sacks: tuple[int, int]) -> None:
+        numbers = [((flow.iss + left) & MASK, (flow.iss + right) & MASK) for left, right in sacks]
+        option = options(timestamp=(1001, 0), sacks=numbers)
+        give_quietly(from_app(book, 1, ack=flow.iss + ack, options=option))
+
+    def give_quietly(packet: bytearray) -> None:
+        stack.handle_packet(bytes(packet), 0, True, book.now)
+        stack.flush(flow, write, book.now)
+
+    flow.write(bytes(100_000), book.now)
+    stack.flush(flow, write, book.now)
+    say(1, (20_001, 40_001))
+    say(1, (20_001, 40_001), (60_001, 100_001))
+    say(5_001)
+    for _ in range(3):
+        book.now = stack.next_deadline()
+        stack.handle_timeout(book.now)
+        stack.flush(flow, write, book.now)
+    say(50_001)
+    say(100_001)
+
+    assert sum(size for size, _ in seen) > 120_000, "much of it was sent twice"
+    for size, gso in seen:
+        assert (gso == 1448) if size > 1448 else (gso == 0)
+        assert offload or size <= 1448
 
 
 @pytest.mark.rule(46)

@@ -181,7 +181,8 @@ def test_right_edge_never_moves_left(play: Play) -> None:
     edges: list[int] = []
 
     def write(header: bytearray, views: object, gso: int) -> bool:
-        edges.append(int.from_bytes(header[28:32], "big") + (int.from_bytes(header[34:36], "big") << 8))
+        ack, window = header[book.ip_header + 8 :][:4], header[book.ip_header + 14 :][:2]
+        edges.append(int.from_bytes(ack, "big") + (int.from_bytes(window, "big") << 8))
         return True
 
     position = 1
@@ -193,7 +194,7 @@ def test_right_edge_never_moves_left(play: Play) -> None:
             flow.consume(flow.readable_bytes, book.now)
         else:
             packet = build_tcp(
-                APP, ENDPOINT, 40000, 443, seq=position, ack=flow.snd_nxt & MASK, flags=ACK, window=512,
+                book.app, book.endpoint, 40000, 443, seq=position, ack=flow.snd_nxt & MASK, flags=ACK, window=512,
                 payload=pattern(position, size),
             )  # fmt: skip
             position += size

@@ -24,6 +24,9 @@ The owner does: `request A:P`, `accept`, `refuse`, `read "text"` or `read N`, `w
 follows is another connection from the same port, whose SYN has the number N). The owner sees: `flow STATE`,
 `failure WORD`, `closed`, `open`, `finished`, `delivered`, `readable N`, `space N`, `drops REASON N`, `none` (that is:
 no request).
+
+The same script can be played over IPv6: then addresses are the IPv6 ones below, on a link whose MTU is larger by what
+the headers are, so that every size stays what it is.
 """
 
 from __future__ import annotations
@@ -39,11 +42,15 @@ from tun.core.states import STATE_NAMES
 from tun.seq import MASK, unwrap
 from tun.wire import verdict
 from tun.wire.checksum import complete, sum16
+from tun.wire.icmpv6 import verify_icmpv6
 from tun.wire.ipv4 import PROTOCOL_ICMP, PROTOCOL_TCP, Ipv4Header, parse_ipv4
+from tun.wire.ipv6 import PROTOCOL_ICMPV6, Ipv6Header, parse_ipv6
 from tun.wire.tcp import ACK, FIN, PSH, RST, SYN, URG, Segment, build_tcp, options, parse_tcp, verify_tcp
 
 APP = b"\x0a\x6b\x00\x01"
 ENDPOINT = b"\x0a\x6b\x00\x02"
+APP6 = b"\xfd\x6b" + bytes(13) + b"\1"
+ENDPOINT6 = b"\xfd\x6b" + bytes(13) + b"\2"
 
 _SECRET = b"playbook" * 4
 
@@ -87,6 +94,8 @@ class Playbook:
 
     Attributes:
         stack, flow, now: for tests that look deeper.
+        app, endpoint: the two addresses.
+        ip_header: the size of an IP header, bytes.
         packets: everything the stack has sent, complete, in order.
     """
 
@@ -100,12 +109,20 @@ class Playbook:
         port: int = 443,
         start: float = 100.0,
         verified: bool = True,
+        version: int = 4,
     ) -> None:
-        self.stack = Stack(settings or StackSettings(), _SECRET)
-        self.stack.set_served({ENDPOINT: frozenset((port,))})
+        settings = settings or StackSettings()
+        self.version = version
+        self.app, self.endpoint = (APP, ENDPOINT) if version == 4 else (APP6, ENDPOINT6)
+        self.ip_header = 20 if version == 4 else 40
+        if version == 6:
+            mtu = min(settings.mtu + 20, 65535)
+            settings = replace(settings, mtu=mtu, gateway6=APP6, network6=0xFD6B << 112, mask6=0xFFFF << 112)
+        self.stack = Stack(settings, _SECRET)
+        self.stack.set_served({self.endpoint: frozenset((port,))})
         if our_initial is not None:
             # Our numbers follow the clock, so the clock starts where it gives the wanted one.
-            key = APP + ENDPOINT + app_port.to_bytes(2, "big") + port.to_bytes(2, "big")
+            key = self.app + self.endpoint + app_port.to_bytes(2, "big") + port.to_bytes(2, "big")
             ticks = (our_initial - initial_numbers(_SECRET, key, 0.0)[0]) & MASK
             start = (ticks + 0.5) / 250000.0
         self.now = start
@@ -122,6 +139,7 @@ class Playbook:
         self._outputs: list[str] = []
         self._pending: dict[Flow, None] = {}
         self._header = Ipv4Header()
+        self._header6 = Ipv6Header()
         self._segment = Segment()
 
     # -- the script ---------------------------------------------------------------------------------------------------
@@ -210,8 +228,8 @@ class Playbook:
             raise ScriptError(f"the text is {len(payload)} bytes, the range {length}")
         ours = self._our_initial()
         packet = build_tcp(
-            APP,
-            ENDPOINT,
+            self.app,
+            self.endpoint,
             self.app_port,
             self.port,
             seq=(self.app_initial + position) & MASK,
@@ -248,7 +266,7 @@ class Playbook:
         verb, arguments = words[0], words[1:]
         rest = line.split(verb, 1)[1].strip()
         if verb == "serve":
-            self.stack.set_served({ENDPOINT: frozenset(int(word) for word in arguments)})
+            self.stack.set_served({self.endpoint: frozenset(int(word) for word in arguments)})
             return shown
         if verb == "draining":
             self.stack.set_draining(True)
@@ -269,7 +287,8 @@ class Playbook:
             if not self.requests:
                 return "us | (no request)"
             flow = self.requests.pop(0)
-            return f"us | request {'.'.join(map(str, flow.destination[0]))}:{flow.destination[1]}"
+            address = ENDPOINT if flow.destination[0] == self.endpoint else flow.destination[0]
+            return f"us | request {'.'.join(map(str, address))}:{flow.destination[1]}"
         if verb == "none":
             return "us | request" if self.requests else shown
         flow_or_none = self.flow
@@ -349,25 +368,40 @@ class Playbook:
             return False
         copy = bytearray(header)
         pieces = [bytes(view) for view in views]
-        complete(copy, 20, 36, pieces)
+        complete(copy, self.ip_header, self.ip_header + 16, pieces)
         self._record(bytes(copy) + b"".join(pieces), gso_size)
         return True
 
     def _record(self, packet: bytes, gso_size: int) -> None:
         self.packets.append(packet)
-        header, segment = self._header, self._segment
-        if parse_ipv4(packet, 0, header) != verdict.OK or header.total_length != len(packet):
-            raise AssertionError(f"a bad IPv4 header: {packet[:40].hex()}")
-        if header.protocol == PROTOCOL_ICMP:
-            if sum16(packet[20:]) != 0xFFFF:
+        segment = self._segment
+        start, protocol, source, destination = self._open(packet)
+        if protocol in (PROTOCOL_ICMP, PROTOCOL_ICMPV6):
+            if protocol == PROTOCOL_ICMP:
+                good = sum16(packet[20:]) == 0xFFFF
+            else:
+                good = verify_icmpv6(packet, 40, len(packet), source, destination)
+            if not good:
                 raise AssertionError("a bad ICMP checksum")
-            self._outputs.append(f"icmp {packet[20]}/{packet[21]}")
+            self._outputs.append(f"icmp {packet[start]}/{packet[start + 1]}")
             return
-        if header.protocol != PROTOCOL_TCP or parse_tcp(packet, 20, len(packet), segment) != verdict.OK:
+        if protocol != PROTOCOL_TCP or parse_tcp(packet, start, len(packet), segment) != verdict.OK:
             raise AssertionError(f"not a TCP segment: {packet[:40].hex()}")
-        if not verify_tcp(packet, 20, len(packet), header.source, header.destination):
+        if not verify_tcp(packet, start, len(packet), source, destination):
             raise AssertionError("a bad TCP checksum")
         self._outputs.append(self._describe(packet, segment, gso_size))
+
+    def _open(self, packet: bytes) -> tuple[int, int, bytes, bytes]:
+        """Where the transport header is, which one, and between whom. Raises AssertionError about the IP header."""
+        if self.version == 4:
+            header = self._header
+            if parse_ipv4(packet, 0, header) != verdict.OK or header.total_length != len(packet):
+                raise AssertionError(f"a bad IPv4 header: {packet[:40].hex()}")
+            return 20, header.protocol, header.source, header.destination
+        header6 = self._header6
+        if parse_ipv6(packet, 0, header6) != verdict.OK or header6.total_length != len(packet):
+            raise AssertionError(f"a bad IPv6 header: {packet[:60].hex()}")
+        return 40, packet[6], header6.source, header6.destination
 
     def _describe(self, packet: bytes, segment: Segment, gso_size: int) -> str:
         flow = self.flow
