@@ -462,6 +462,7 @@ class DataPlane:
         numbers["relay.bytes_to_app"] += sum(flow.bytes_to_app for flow in accepted)
         numbers["flows"] = len(self._live)
         numbers["batches"] = self.network.batches
+        numbers["replies_lost"] = self.network.replies_lost
         return numbers
 
     def describe_pool(self) -> dict[str, bool | int | float | str | None]:
@@ -697,6 +698,7 @@ _STACK_COUNTERS: Final = (
     "accepted",
     "refused",
     "cancelled",
+    "put_off",
     "resets_received",
     "timeouts",
     "aborted",
