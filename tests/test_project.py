@@ -17,6 +17,7 @@ import ngrokd
 from ngrokd.cli import app
 from ngrokd.config.schema import schema
 from ngrokd.errors import Exit
+from ngrokd.ops.events import KINDS
 
 ROOT = Path(__file__).parent.parent
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
@@ -215,7 +216,7 @@ def test_exit_codes_are_those_of_the_pages() -> None:
 def test_configuration_keys_that_papers_name_exist() -> None:
     """`net.drain` is one. The keys in the section about the Go daemon are partly its own."""
     sections = schema()
-    files = {path.name for path in tracked()}
+    files = {path.name for path in tracked()} | set(KINDS)  # events have such names too
     unknown = []
     for paper in papers():
         text = re.sub(r"^## The Go daemon$.*?(?=^## )", "", paper.read_text(), flags=re.MULTILINE | re.DOTALL)
@@ -228,9 +229,9 @@ def test_configuration_keys_that_papers_name_exist() -> None:
 
 def test_control_commands_are_those_of_the_page() -> None:
     """The daemon's table of commands is read from its source: it is made where the daemon is."""
-    source = (ROOT / "ngrokd/daemon/daemon.py").read_text()
-    commands = set(re.findall(r'^ +"([a-z-]+)": Command\(', source, re.MULTILINE))
-    changing = set(re.findall(r'^ +"([a-z-]+)": Command\(.*changes=True', source, re.MULTILINE))
+    source = "".join((ROOT / f"ngrokd/daemon/{name}.py").read_text() for name in ("daemon", "observing"))
+    commands = set(re.findall(r'^ +"([a-z-]+)": (?:Command|Streaming)\(', source, re.MULTILINE))
+    changing = set(re.findall(r'^ +"([a-z-]+)": (?:Command|Streaming)\(.*changes=True', source, re.MULTILINE))
     text = (ROOT / "docs/protocol.md").read_text()
     shown = set(re.findall(r'^ {4}\{"command":"([a-z-]+)"', text, re.MULTILINE)) - {"nonsense"}
     sentence = re.search(r"^(.*) change something\.", text, re.MULTILINE)

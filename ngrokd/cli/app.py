@@ -50,7 +50,7 @@ COMMANDS: Final = {
     "help": ("ngrokd.cli.version", "show_help", "Print help, on a command where one is named."),
 }
 ALIASES: Final = {"ls": "list"}
-GROUPS: Final = ("config", "service")  # commands that have commands
+GROUPS: Final = ("config", "flows", "metrics", "service")  # commands that have commands
 INTERRUPTED: Final = 130  # 128 + SIGINT, as a shell says it
 
 # The Go daemon's flags have one dash or two; as click reads it, "-config=F" would be "-c onfig=F".

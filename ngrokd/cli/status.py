@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import click
 
+from ngrokd.cli.columns import Column, fit
 from ngrokd.cli.context import Context, command
 from ngrokd.cli.output import ago, clean, fields, paint, print_lines, since, table, terminal_width, wall_time
 from ngrokd.errors import Exit, NotRunningError
@@ -21,6 +22,7 @@ _STATES: Final = {  # state of the daemon -> how it reads, and its colour
     "waiting_for_key": ("is running and waits for an API key", "yellow"),
     "ready": ("is running", "green"),
     "degraded": ("is running, with problems", "yellow"),
+    "paused": ("is paused: it refuses new connections", "yellow"),
     "stopping": ("is stopping", "yellow"),
 }
 MAX_SKIPPED_SHOWN: Final = 20
@@ -67,6 +69,8 @@ def _headline(data: Mapping[str, Any]) -> str:
         details.append(f"pid {data['pid']}")
     if isinstance(data.get("uptime_s"), (int, float)):
         details.append(f"up {ago(data['uptime_s'])}")
+    if data.get("compiled") is True:
+        details.append("compiled core")
     name = f"ngrokd {clean(data['version'])}" if isinstance(data.get("version"), str) else "ngrokd"
     return f"{name} {paint(reads, colour)}" + (f" ({', '.join(details)})" if details else "")
 
@@ -156,7 +160,10 @@ def _found_problems(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 @command("list")
 def list_endpoints(context: Context) -> None:
-    """List the endpoints: the URL to use, and the address it has on this machine."""
+    """List the endpoints: the URL to use, its address on this machine, and how connections to it go.
+
+    State: online (the last dial was good), degraded (it failed, so often in a row), unknown (nobody has tried).
+    """
     data = context.ask("list").data
     endpoints = [entry for entry in data if isinstance(entry, dict)] if isinstance(data, list) else []
     endpoints.sort(key=lambda entry: (str(entry.get("hostname", "")), str(entry.get("port", "")).rjust(5)))
@@ -166,10 +173,34 @@ def list_endpoints(context: Context) -> None:
     if not endpoints:
         click.echo('no endpoints are served; "ngrokd status" says why', err=True)
         return
-    rows: list[Sequence[str]] = [(str(entry.get("url", "")), _address(entry), _note(entry)) for entry in endpoints]
-    columns = 3 if any(row[2] for row in rows) else 2
-    heading, *lines = table(("URL", "ADDRESS", "NOTE")[:columns], [row[:columns] for row in rows], terminal_width())
+    heading, *lines = fit(_LIST, [_list_cells(entry) for entry in endpoints], terminal_width())
     print_lines([paint(heading, "dim"), *lines])
+
+
+_LIST: Final = (
+    Column("URL", least=20),
+    Column("ADDRESS"),
+    Column("STATE", worth=4),
+    Column("LAST DIAL", worth=2),
+    Column("FLOWS", right=True, worth=1),
+    Column("NOTE", least=12, worth=3),
+)
+
+
+def _list_cells(entry: Mapping[str, Any]) -> Sequence[str]:
+    failures = entry.get("consecutive_failures")
+    state = str(entry.get("state") or "")
+    if isinstance(failures, int) and failures:
+        state += f", {failures} failed"
+    flows = entry.get("flows")
+    return (
+        str(entry.get("url", "")),
+        _address(entry),
+        state,
+        since(entry.get("last_dial_at")) or ("never" if state else ""),
+        str(flows) if isinstance(flows, int) else "",
+        _note(entry),
+    )
 
 
 def _address(entry: Mapping[str, Any]) -> str:
@@ -178,16 +209,19 @@ def _address(entry: Mapping[str, Any]) -> str:
 
 
 def _note(entry: Mapping[str, Any]) -> str:
-    flags = [str(flag) for flag in _list(entry.get("flags"))]
-    return ", ".join(flags if entry.get("local_listener", True) else ["not served", *flags])
+    notes = [str(flag) for flag in _list(entry.get("flags"))]
+    if not entry.get("local_listener", True):
+        notes.insert(0, "not served")
+    return ", ".join([*notes, str(entry["problem"])] if entry.get("problem") else notes)
 
 
 @command("health")
-@click.option("--ready", "check_ready", is_flag=True, help="Check readiness: the known endpoints are served and named.")
+@click.option("--ready", "check_ready", is_flag=True, help="Check readiness: all conditions hold.")
 def health(context: Context, check_ready: bool) -> int:
-    """Check whether the daemon serves at least one endpoint: exit 0 when it does, 1 when not, 3 when it is not running.
+    """Check whether the daemon carries packets: exit 0 when it does, 1 when not, 3 when it is not running.
 
-    Fit for a container's health check; it needs no HTTP.
+    Ready is more: device, routes and names stand, a handshake with the ingress was verified, and new connections are
+    taken. Fit for a container's health check; it needs no HTTP.
     """
     data = _table(context.ask("health").data)
     if context.as_json:
@@ -197,10 +231,16 @@ def health(context: Context, check_ready: bool) -> int:
         pairs = [
             ("Healthy", f"{_yes(data.get('healthy'))} ({len(endpoints)} endpoint{'' if len(endpoints) == 1 else 's'})"),
             ("Ready", _yes(data.get("ready"))),
+            *((f"  {name}", _condition(each)) for name, each in _table(data.get("conditions")).items()),
             ("Uptime", str(data.get("uptime", ""))),
         ]
         print_lines(fields(pairs, terminal_width(), indent=""))
     return Exit.OK if data.get("ready" if check_ready else "healthy") is True else Exit.NO
+
+
+def _condition(condition: object) -> str:
+    each = _table(condition)
+    return "yes" if each.get("ok") is True else f"no: {each.get('message') or 'not yet'}"
 
 
 def _yes(value: object) -> str:
