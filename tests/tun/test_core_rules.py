@@ -564,6 +564,49 @@ def test_wrong_numbers_and_acks_change_no_state(play: Play, state: str, beyond: 
     )
 
 
+@pytest.mark.rule(35)
+@pytest.mark.parametrize("urgent", ["", "U"], ids=["short way", "long way"])
+def test_how_old_an_ack_may_be_follows_the_largest_window(play: Play, urgent: str) -> None:
+    """MAX.SND.WND of RFC 5961 5.2 grows with the app's window, also long after the handshake."""
+    play(
+        f"""
+        app > S  0:0(0)        win 1000 mss 1460
+        us  | request 10.107.0.2:443
+        us  | accept
+        app < S. 0:0(0) ack 1
+        app > .{urgent} 1:1(0) ack 1  win 1000
+        app > .{urgent} 1:1(0) ack 1  win 60000
+        us  | write 30000
+        app < P. 1:30001(30000) ack 1
+        app > .{urgent} 1:1(0) ack 30001 win 60000
+        app > P.{urgent} 1:6(5) ack 10001 win 60000 "hello"
+        app < .  30001:30001(0) ack 6
+        us  | write 40000
+        app < P. 30001:70001(40000) ack 6
+        app > .{urgent} 6:6(0) ack 70001 win 60000
+        app > P.{urgent} 6:11(5) ack 10000 win 60000 "never"
+        app < .  70001:70001(0) ack 6
+        us  | readable 5
+        """
+    )
+
+
+@pytest.mark.rule(28, 34)
+def test_an_answer_before_the_handshake_is_over_is_given_once(play: Play) -> None:
+    """Whatever the owner does afterwards, the ACK that was owed is not owed again."""
+    play(
+        OPEN.rsplit("app > .", 1)[0]
+        + """
+        app > R  3:3(0)
+        app < .  1:1(0) ack 1
+        us  | write 100
+        us  | flow SYN_RECEIVED
+        app > .  1:1(0) ack 1  win 512
+        app < P. 1:101(100) ack 1
+        """
+    )
+
+
 @pytest.mark.rule(35, 67)
 @pytest.mark.parametrize("state", ["FIN_WAIT_1", "FIN_WAIT_2"])
 def test_a_fin_with_an_old_ack_counts(play: Play, state: str) -> None:
@@ -769,6 +812,25 @@ def test_an_ack_of_the_first_sending_counts_after_a_resending(play: Play) -> Non
 
 
 @pytest.mark.rule(47)
+def test_each_round_trip_is_measured_from_its_own_segment(play: Play) -> None:
+    """What was idle in between is nobody's round trip: after a minute the timer is as short as it was."""
+    play(
+        """
+        us  | write 100
+        app < P. 1:101(100) ack 1
+        app > .  1:1(0) ack 101 win 512       +0.01s
+        us  | write 100                       +60s
+        app < P. 101:201(100) ack 1
+        app > .  1:1(0) ack 201 win 512       +0.01s
+        us  | write 100                       +60s
+        app < P. 201:301(100) ack 1
+        app < P. 201:301(100) ack 1           +0.25s
+        """,
+        begin=OPEN,
+    )
+
+
+@pytest.mark.rule(47)
 @pytest.mark.scenario("tcp_retransmits", "tcp_user_timeout")
 def test_gaps_double_up_to_a_minute(play: Play) -> None:
     """Each time in turn until nobody is believed to be there any more, at the first that is due after 100 s."""
@@ -803,6 +865,28 @@ def test_idling_costs_no_congestion_window(play: Play) -> None:
 
 
 # -- closing ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.rule(50, 54)
+@pytest.mark.parametrize("passive", [False, True])
+def test_an_ack_of_all_data_is_none_of_the_fin(play: Play, passive: bool) -> None:
+    """The FIN is one number more; until that is acknowledged it is resent."""
+    begin, theirs = (OPEN + "app > F. 1:1(0) ack 1\napp < .  1:1(0) ack 2\n", 2) if passive else (OPEN, 1)
+    state = "LAST_ACK" if passive else "FIN_WAIT_1"
+    play(
+        f"""
+        us  | write 100
+        app < P. 1:101(100) ack {theirs}
+        us  | finish
+        app < F. 101:101(0) ack {theirs}
+        app > .  {theirs}:{theirs}(0) ack 101 win 512
+        us  | flow {state}
+        app < F. 101:101(0) ack {theirs}      +0.25s
+        app > .  {theirs}:{theirs}(0) ack 102 win 512
+        us  | {"closed" if passive else "flow FIN_WAIT_2"}
+        """,
+        begin=begin,
+    )
 
 
 @pytest.mark.rule(54, 47)
@@ -846,6 +930,29 @@ def test_closing_needs_no_memory(play: Play) -> None:
         app > F. 1:1(0) ack 2
         app < .  2:2(0) ack 2
         us  | flow TIME_WAIT
+    """)
+
+
+@pytest.mark.rule(64)
+def test_a_newer_number_without_a_stamp_opens_too(play: Play) -> None:
+    """The stamps of others that came meanwhile say nothing about a SYN that has none."""
+    book = play(
+        """
+        us  | finish
+        app < F. 1:1(0) ack 1 ecr 1000
+        app > F. 1:1(0) ack 2 ts 1001 ecr 1
+        app < .  2:2(0) ack 2 ecr 1001
+        us  | flow TIME_WAIT
+        """,
+        begin=OPEN_STAMPS,
+    )
+    give(book, build_tcp(book.app, book.endpoint, 41000, 443, seq=7, flags=SYN, options=options(timestamp=(1, 0))))
+    book.stack.take_requests()
+
+    book.play("""
+        us  | new 1000
+        app > S  0:0(0) win 65535 mss 1460
+        us  | request 10.107.0.2:443
     """)
 
 

@@ -106,5 +106,5 @@ def test_an_ipv6_network_that_is_not_made_yet_is_no_secret(tmp_path: Path) -> No
     assert str(tmp_path / "subnet6") in before[1][0]
     assert after == (IPv6Network("fd12:3456:789a::/64"), ())
     assert broken[0] is None
-    off = parse("[net]\nsubnet6 = \"off\"\n", "c.toml", {})
+    off = parse('[net]\nsubnet6 = "off"\n', "c.toml", {})
     assert expected_subnet6(off, here=True) == (None, ())
