@@ -54,7 +54,7 @@ async def record(scenario: Scenario, path: Path) -> Capture:
                 if scenario.ipv6:
                     ns.run(["ip", "addr", "add", "fd6b::1/128", "dev", "tun0", "nodad"])
                     ns.run(["ip", "route", "add", "fd6b::/64", "dev", "tun0"])
-                capture = await _play(scenario, Stage(ns), tun, fd)
+                capture = await _play(scenario, Stage(ns, ipv6=scenario.ipv6), tun, fd)
             finally:
                 tun.close()
         if capture.ended != "closed" or capture.dropped:

@@ -14,7 +14,7 @@ import socket
 import sys
 import textwrap
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -33,15 +33,15 @@ _SYSTEM_PATH: Final = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/s
 Handler = Callable[[FlowStream], Awaitable[None]]
 
 # What the apps in Python have at hand.
-PRELUDE: Final = f"""
-import os, socket, struct, threading, time
+PRELUDE: Final = """
+import os, socket, struct, sys, threading, time
 from random import Random
 
 def connect(port=80, window=0):
-    s = socket.socket()
+    s = socket.socket(socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET)
     if window:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, window)
-    s.connect(("{ENDPOINT}", port))
+    s.connect((sys.argv[1], port))
     return s
 
 def read_all(s):
@@ -54,10 +54,15 @@ def reset(s):
 
 
 class Stage:
-    """A namespace with our stack behind its TUN device, and who answers on which port."""
+    """A namespace with our stack behind its TUN device, and who answers on which port.
 
-    def __init__(self, ns: Namespace) -> None:
+    Attributes:
+        endpoint, nobody: addresses of the version of IP that is recorded, with and without somebody there.
+    """
+
+    def __init__(self, ns: Namespace, *, ipv6: bool = False) -> None:
         self.ns = ns
+        self.endpoint, self.nobody = (ENDPOINT6, NOBODY6) if ipv6 else (ENDPOINT, NOBODY)
         self.nursery: trio.Nursery | None = None
         self.handlers: dict[int, Handler] = {}
         self.directory = Path("/run")  # private to the namespace
@@ -84,9 +89,10 @@ class Stage:
             raise RuntimeError(f"{arguments} exited with {result.returncode}: ...{printed[-2000:]}")
         return printed
 
-    async def python(self, source: str) -> str:
+    async def python(self, source: str, *, check: bool = True) -> str:
         """Run Python inside, with the sockets of that kernel; the source begins with PRELUDE."""
-        return await self.run(sys.executable, "-c", PRELUDE + textwrap.dedent(source))
+        program = PRELUDE + textwrap.dedent(source)
+        return await self.run(sys.executable, "-c", program, self.endpoint, check=check)
 
     async def start(self, *arguments: str, port: int) -> Running:
         """Start a server inside that listens on the loopback, and wait until it does."""
@@ -168,12 +174,15 @@ SCENARIOS: Final[dict[str, Scenario]] = {}
 
 
 def scenario(
-    name: str, why: str, **details: object
+    name: str, why: str, *, twice: bool = False, **details: object
 ) -> Callable[[Callable[[Stage], Awaitable[None]]], Callable[[Stage], Awaitable[None]]]:
-    """Register a scenario."""
+    """Register a scenario; with `twice` another one, NAME-ipv6, that does the same over IPv6."""
 
     def register(run: Callable[[Stage], Awaitable[None]]) -> Callable[[Stage], Awaitable[None]]:
         SCENARIOS[name] = Scenario(name, why, run, **details)  # type: ignore[arg-type]  # as Scenario says
+        if twice:
+            twin = replace(SCENARIOS[name], name=f"{name}-ipv6", why=f"{name}, over IPv6", ipv6=True)
+            SCENARIOS[twin.name] = twin
         return run
 
     return register
@@ -373,7 +382,7 @@ async def echo(flow: FlowStream) -> None:
     await flow.wait_delivered()
 
 
-@scenario("half-close-app", "the app ends first and still gets its answer")
+@scenario("half-close-app", "the app ends first and still gets its answer", twice=True)
 async def half_close_app(stage: Stage) -> None:
     async def answer(flow: FlowStream) -> None:
         question = await read_all(flow)
@@ -388,7 +397,7 @@ async def half_close_app(stage: Stage) -> None:
     """)
 
 
-@scenario("half-close-us", "we end first, and the app still sends")
+@scenario("half-close-us", "we end first, and the app still sends", twice=True)
 async def half_close_us(stage: Stage) -> None:
     received: list[bytes] = []
 
@@ -411,7 +420,7 @@ async def half_close_us(stage: Stage) -> None:
     assert len(received[0]) == 40_004
 
 
-@scenario("both-close", "both ends close at nearly the same time, several times")
+@scenario("both-close", "both ends close at nearly the same time, several times", twice=True)
 async def both_close(stage: Stage) -> None:
     async def close(flow: FlowStream) -> None:
         await flow.send_all(b"hello")
@@ -428,7 +437,7 @@ async def both_close(stage: Stage) -> None:
     """)
 
 
-@scenario("abort-app", "apps that reset: idle, in the middle of an upload, of a download, and by dying")
+@scenario("abort-app", "apps that reset: idle, in the middle of an upload, of a download, and by dying", twice=True)
 async def abort_app(stage: Stage) -> None:
     async def flood(flow: FlowStream) -> None:
         await flow.receive_some()
@@ -441,10 +450,10 @@ async def abort_app(stage: Stage) -> None:
     stage.handlers[80] = flood
     for end in ("reset(s)", "s.close()", "os.kill(os.getpid(), 9)"):
         source = f"s = connect(window=8192); s.sendall(b'x'); s.recv(10); time.sleep(0.05); {end}"
-        await stage.run(sys.executable, "-c", PRELUDE + source, check=False)
+        await stage.python(source, check=False)
 
 
-@scenario("abort-us", "we refuse and reset: at once, and with bytes on the way", ports=(80, 81))
+@scenario("abort-us", "we refuse and reset: at once, and with bytes on the way", ports=(80, 81), twice=True)
 async def abort_us(stage: Stage) -> None:
     async def at_once(flow: FlowStream) -> None:
         flow.abort()
@@ -532,7 +541,9 @@ async def _echo_all(stage: Stage) -> None:
     """)
 
 
-@scenario("loss", "2 % of everything lost, doubled, disordered, damaged, both ways", faults=_LOSSES, linger_s=1.0)
+@scenario(
+    "loss", "2 % of everything lost, doubled, disordered, damaged, both ways", faults=_LOSSES, linger_s=1.0, twice=True
+)
 async def loss(stage: Stage) -> None:
     await _echo_all(stage)
 
@@ -542,18 +553,19 @@ async def loss_plain(stage: Stage) -> None:
     await _echo_all(stage)
 
 
-@scenario("port-scan", "every scan of nmap: open, closed and absent", ports=(80, 443), programs=("nmap",))
+@scenario("port-scan", "every scan of nmap: open, closed and absent", ports=(80, 443), programs=("nmap",), twice=True)
 async def port_scan(stage: Stage) -> None:
     async def wait(flow: FlowStream) -> None:
         await flow.receive_some()
 
     stage.handlers = {80: wait, 443: wait}
-    common = ["nmap", "-n", "-Pn", "--max-retries", "1", "-p"]
+    there = stage.endpoint
+    common = ["nmap", *(["-6"] if ":" in there else []), "-n", "-Pn", "--max-retries", "1", "-p"]
     for kind in ("-sS", "-sT", "-sA", "-sN", "-sF", "-sX"):
-        await stage.run(*common, "78-82,443", kind, ENDPOINT)
-    await stage.run(*common, "53,80,161", "-sU", ENDPOINT)
-    await stage.run(*common, "1,2,6,17,47,132", "-sO", ENDPOINT)
-    await stage.run(*common, "80", "-sS", NOBODY)
+        await stage.run(*common, "78-82,443", kind, there)
+    await stage.run(*common, "53,80,161", "-sU", there)
+    await stage.run(*common, "1,2,6,17,47,132", "-sO", there)
+    await stage.run(*common, "80", "-sS", stage.nobody)
 
 
 @scenario("ping", "pings of all sizes, a datagram that nobody wants, an address that nobody has", programs=("ping",))
