@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from ipaddress import IPv6Address, IPv6Network
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from tests.netns.support import Namespace
 
 pytestmark = pytest.mark.netns
 
+# The daemon itself asks name servers whether names exist publicly, in lower case.
+ODDLY_WRITTEN = "HeLLo.DeMo"
 HALF_CLOSE_CLIENT = """
 import hashlib, socket, sys
 data = bytes(range(256)) * 16384
@@ -65,8 +69,12 @@ def set_ipv6(play: Stage, where: str, disabled: int) -> None:
 
 
 def test_names_lead_to_us_over_both_versions(stage: Callable[[], Stage]) -> None:
-    """Two lines for each name; IPv6-only lookups get ours and nothing of anybody else's; bytes are exact."""
+    """Two lines for each name; no lookup, IPv6-only ones included, asks a name server; bytes are exact."""
     play = stage()
+    name_server = play.ns.call(socket.socket, socket.AF_INET, socket.SOCK_DGRAM)
+    name_server.bind(("127.0.0.1", 53))
+    name_server.setblocking(False)
+    play.ns.write_file("/etc/resolv.conf", "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
     play.start()
 
     four, six = addresses(play)
@@ -75,13 +83,20 @@ def test_names_lead_to_us_over_both_versions(stage: Callable[[], Stage]) -> None
     assert IPv6Address(six) in network
     assert network.subnet_of(IPv6Network("fd00::/8"))
     assert int(IPv6Address(six)) & 0xFFFFFFFF == int.from_bytes(map(int, four.split(".")))
-    found = {line.split()[0] for line in play.ns.run(["getent", "ahostsv6", "hello.demo"]).stdout.splitlines()}
-    assert found == {six}
+    found: dict[str, set[str]] = {}
+    for database in ("ahostsv6", "ahostsv4", "ahosts"):
+        answer = play.ns.run(["getent", database, ODDLY_WRITTEN]).stdout
+        found[database] = {line.split()[0] for line in answer.splitlines()}
+    assert found == {"ahostsv6": {six}, "ahostsv4": {four}, "ahosts": {four, six}}
     greetings = {play.ns.run(["curl", "-sS", "-m", "10", f"-{n}", "http://hello.demo/"]).stdout for n in (4, 6)}
     assert all(greetings)
     word = play.ns.run(["curl", "-sS", "-m", "10", "-6", "http://hello.demo:81/"], check=False)
     assert word.returncode == 7
     assert play.ns.python(HALF_CLOSE_CLIENT, "answer.demo", "9000", timeout=60).stdout == "ok\n"
+    with suppress(BlockingIOError):
+        while question := name_server.recv(512):
+            assert ODDLY_WRITTEN.partition(".")[0].encode() not in question, "a lookup left the machine"
+    name_server.close()
 
 
 def test_a_restart_keeps_the_addresses_and_an_end_leaves_none(stage: Callable[[], Stage]) -> None:
