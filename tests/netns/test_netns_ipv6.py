@@ -17,6 +17,21 @@ from tests.netns.support import Namespace
 
 pytestmark = pytest.mark.netns
 
+# From an address of this host, as soon as it is one: the daemon learns of it from the kernel.
+CONNECT_FROM = """
+import socket, sys
+source, link, endpoint = sys.argv[1:]
+scope = socket.if_nametoindex(link) if source.startswith("fe80") else 0
+with socket.socket(socket.AF_INET6) as s:
+    s.settimeout(3)
+    s.bind((source, 0, 0, scope))
+    try:
+        s.connect((endpoint, 80))
+    except OSError as error:
+        print(error)
+    else:
+        print("ok")
+"""
 # The daemon itself asks name servers whether names exist publicly, in lower case.
 ODDLY_WRITTEN = "HeLLo.DeMo"
 HALF_CLOSE_CLIENT = """
@@ -154,6 +169,11 @@ def test_lines_follow_the_way(stage: Callable[[], Stage]) -> None:
     wanted = addresses(play)
     network = play.status()["subnet6"]
 
+    for address, link in (("2001:db8::5", "lo"), ("fe80::5", "ngrokd0")):
+        play.ns.run(["ip", "-6", "addr", "add", address, "dev", link, "nodad"])
+        until(
+            lambda address=address, link=link: play.ns.python(CONNECT_FROM, address, link, wanted[1]).stdout == "ok\n"
+        )
     play.ns.run(["ip", "-6", "route", "del", network, "dev", "ngrokd0"])
     until(lambda: network in play.ns.run(["ip", "-6", "route", "show", "dev", "ngrokd0"]).stdout)
     set_ipv6(play, "ngrokd0", 1)

@@ -480,6 +480,17 @@ def test_only_this_host_and_its_guests_may_connect(stack: Stack) -> None:
     assert [flow.local for flow in stack.take_requests()] == [False, True]
 
 
+@pytest.mark.rule(3)
+def test_link_local_sources_are_judged_like_others(stack: Stack) -> None:
+    """Somebody may give the link such an address; a neighbour's, which no router forwards, is a stranger's."""
+    stack.set_sources(frozenset((address_bytes(APP), address_bytes("fe80::5"))))
+
+    assert give(stack, ip(source="fe80::6") / syn()) == []
+    assert stack.drops == {"source": 1}
+    give(stack, ip(source="fe80::5") / syn())
+    assert [flow.source[0] for flow in stack.take_requests()] == [address_bytes("fe80::5")]
+
+
 def test_without_a_subnet_the_version_is_only_counted() -> None:
     stack = Stack(StackSettings(), b"k" * 32)
     stack.set_served({address_bytes(ENDPOINT): frozenset((443,))})
