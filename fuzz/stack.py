@@ -42,7 +42,7 @@ from fuzz.frames import (
 )
 from fuzz.reading import Source
 from tun.core.fragments import MAX_BYTES, MAX_DATAGRAMS
-from tun.core.machine import LAST_RESORT, WINDOW_SLACK, Flow
+from tun.core.machine import LAST_RESORT, MAX_SEGMENTS, WINDOW_SLACK, Flow
 from tun.core.stack import Stack, StackSettings
 from tun.core.states import ESTABLISHED, SYN_PENDING, SYN_RECEIVED
 from tun.testing.apppeer import AppPeer
@@ -663,7 +663,10 @@ class World:
             return True
 
         owner.app_edge = max(owner.app_edge, flow.snd_edge)
-        done = self.stack.flush(flow, write, self.now)
+        sent = owner.emitted
+        while not (done := self.stack.flush(flow, write, self.now)) and self.room:
+            assert owner.emitted == sent + MAX_SEGMENTS, "stopped though there was room"
+            sent = owner.emitted
         owner.blocked = not done
         assert done or self.room == 0
         if done and not flow.closed:

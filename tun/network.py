@@ -77,7 +77,6 @@ class Network:
         self._scope: trio.CancelScope | None = None
         self._blocked: dict[Flow, None] = {}
         self._unblock = trio.Event()
-        self._device_full = False
         self._gone: DeviceError | None = None
         self.batches = 0
         self.replies_lost = 0
@@ -152,10 +151,8 @@ class Network:
         self._write_replies()
 
     def flush(self, flow: Flow) -> None:
-        """Let `flow` write what it owes; when the device is full it is asked again as soon as there is room."""
-        self.stack.flush(flow, self._write, self._now())
-        if self._device_full:
-            self._device_full = False
+        """Let `flow` write what it owes; when the device is full, or that is much, it is asked again after others."""
+        if not self.stack.flush(flow, self._write, self._now()):
             self._blocked[flow] = None
             self._unblock.set()
 
@@ -165,7 +162,6 @@ class Network:
                 return True
         except DeviceError as error:
             self._lose(error)
-        self._device_full = True
         return False
 
     def _write_replies(self) -> None:

@@ -284,29 +284,56 @@ def test_what_flows_hold_is_counted_and_returned() -> None:
 
 
 def test_short_memory_shrinks_windows_and_stops_writers() -> None:
-    """Above three quarters windows go down to 16 KiB; when all is used, a flow that holds nothing may a little."""
-    stack = new_stack(tuned(buffers=1000000))
+    """Above three quarters buffers go down to 64 KiB; when all is used, a flow that holds nothing may a little."""
+    stack = new_stack(tuned(buffers=1000000, send_buffer=100_000))
+    flows = [opened(stack, port) for port in range(1000, 1014)]
+    for flow in flows:
+        send(stack, flow.source[1], ACK, seq=1, ack=flow.snd_nxt)
+        flow.bytes_to_app = 1_000_000  # each has earned its buffer
+    taken = []
+    for flow in flows:
+        taken.append(flow.write(memoryview(bytes(400000)), 1.0))
+        stack.flush(flow, lambda *_: True, 1.0)
+
+    assert taken == [100_000] * 8 + [65536] * 4 + [16384] * 2
+    assert stack._host.budget.receive_cap == 65536
+    assert flows[0].send_space == 0
+    assert stack.buffered_bytes <= 1000000 + 14 * 16384
+
+
+def test_where_many_could_fill_the_memory_a_send_buffer_is_earned() -> None:
+    """Who reads nothing holds 64 KiB; who reads may have twice as much more as he has read. Few need not earn it."""
+    stack = new_stack(tuned(buffers=8 * 2**20, send_buffer=2**20))
     flows = [opened(stack, port) for port in range(1000, 1004)]
     for flow in flows:
         send(stack, flow.source[1], ACK, seq=1, ack=flow.snd_nxt)
-    for flow in flows[:3]:
-        flow.write(memoryview(bytes(400000)), 1.0)
-        stack.flush(flow, lambda *_: True, 1.0)
+    assert [flow.send_space for flow in flows] == [2**20] * 4
 
-    assert stack._host.budget.receive_cap == 16384
-    assert flows[0].send_space == 0
-    assert flows[3].send_space == 16384
-    assert flows[3].write(memoryview(bytes(30000)), 1.0) == 16384
+    reader = opened(stack, 2000)
+    send(stack, 2000, ACK, seq=1, ack=reader.snd_nxt)
+    assert [flow.send_space for flow in flows] == [65536] * 4
+    while reader.bytes_to_app < 2**20:
+        reader.write(memoryview(bytes(2**20)), 1.0)
+        assert reader.held_bytes == min(65536 + 2 * reader.bytes_to_app, 2**20)
+        stack.flush(reader, lambda *_: True, 1.0)
+        send(stack, 2000, ACK, seq=1, ack=reader.snd_nxt)
+
+    for flow in flows:
+        flow.abort(1.0)
+        stack.flush(flow, lambda *_: True, 1.0)
+    opened(stack, 3000)
+    assert not stack._host.budget.crowded
 
 
 def test_stalled_flows_give_way_when_memory_is_full() -> None:
     """sockstress: those that hold most and have not moved for half a minute are ended; the others are not."""
-    stack = new_stack(tuned(buffers=1000000))
+    stack = new_stack(tuned(buffers=1300000))
     flows = [opened(stack, port) for port in range(1000, 1004)]
     for flow in flows:
         send(stack, flow.source[1], ACK, seq=1, ack=flow.snd_nxt)
     for flow in flows[:3]:
-        flow.write(memoryview(bytes(400000)), 1.0)
+        flow.bytes_to_app = 1_000_000
+        assert flow.write(memoryview(bytes(400000)), 1.0) == 400000
         stack.flush(flow, lambda *_: True, 1.0)
     now = 1.0
     while now < 40.0 and not any(flow.failure for flow in flows):

@@ -290,6 +290,7 @@ def test_a_drip_is_no_progress() -> None:
     wire = Wire(tuned(buffers=2 * 2**20))
     flows = [wire.connect(1000 + index) for index in range(8)]
     for flow in flows:
+        flow.bytes_to_app = 1_000_000  # as if it had been an eager reader before
         flow.write(memoryview(bytes(400_000)), wire.now)
         wire.stack.flush(flow, wire.write, wire.now)
     for _ in range(4):

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import pytest
+import trio
+import trio.testing
 
-from tun.core.machine import Flow
+from tun.core.machine import FIRST_CWND, MAX_SEGMENTS, Flow
 from tun.core.stack import Stack, StackSettings
 from tun.core.states import ESTABLISHED
+from tun.network import FlowRequest, Network
+from tun.testing.memory import memory_pair
+from tun.testing.playbook import tuned
 from tun.wire.tcp import ACK, SYN, build_tcp, options
 
 ENDPOINT = b"\x0a\x6b\x00\x02"
@@ -109,3 +114,77 @@ def test_what_the_window_cuts_off_is_not_kept() -> None:
     views = [piece for pieces in waiting.pieces for piece in pieces]
     assert sum(map(len, views)) == 3_000
     assert alive(views) == 3_000
+
+
+def test_a_small_mss_costs_no_more_packets_than_others_have() -> None:
+    """Without offload a window would be 14,000 packets of 36 bytes; a turn has 128, and then it is another's turn."""
+    host = Host(tuned(offload=False))
+    flow = host.connect(mss=1, window=60000)
+    assert flow.peer_mss == 48
+    flow.write(memoryview(bytes(500_000)), host.now)
+    turns = []
+    done = False
+    while not done:
+        before = host.packets
+        done = host.stack.flush(flow, host.write, host.now)
+        turns.append(host.packets - before)
+
+    assert turns[:-1] == [MAX_SEGMENTS] * (len(turns) - 1)
+    assert FIRST_CWND - 48 < flow.snd_nxt - flow.snd_una <= FIRST_CWND
+
+
+def test_what_is_resent_in_small_segments_is_resent_in_turns() -> None:
+    """A peer that says it lost every second byte of a window of small segments."""
+    host = Host(tuned(offload=False))
+    flow = host.connect(mss=48, window=60000)
+    flow.write(memoryview(bytes(200_000)), host.now)
+    while not host.stack.flush(flow, host.write, host.now):
+        pass
+    for _ in range(3):
+        left = (flow.snd_nxt - 48) & MASK
+        host.send(4000, 1, ack=flow.snd_una, extra=options(sacks=[(left, flow.snd_nxt & MASK)]))
+    turns = []
+    done = False
+    while not done:
+        before = host.packets
+        done = host.stack.flush(flow, host.write, host.now)
+        turns.append(host.packets - before)
+
+    assert max(turns) == MAX_SEGMENTS
+    assert len(turns) > 3
+    assert host.stack.retransmits > 3 * MAX_SEGMENTS
+
+
+async def test_a_flow_that_sends_much_lets_others_send(autojump_clock: trio.testing.MockClock) -> None:
+    """The pump asks it again after them; nothing is lost, and all comes in the end."""
+    settings = tuned(offload=False)
+    ours, theirs = memory_pair()
+    stack = Stack(settings, b"k" * 32)
+    stack.set_served({ENDPOINT: frozenset((443,))})
+    requests: list[FlowRequest] = []
+    async with trio.open_nursery() as nursery:
+        await nursery.start(Network(ours, stack, requests.append).run)
+        extra = options(mss=48, window_scale=7)
+        theirs.write_packet(bytes(build_tcp(APP, ENDPOINT, 4000, 443, seq=0, flags=SYN, window=60000, options=extra)))
+        await trio.testing.wait_all_tasks_blocked()
+        stream = requests.pop().accept()
+        (flow,) = stack.flows.values()
+        ack = flow.snd_nxt & MASK
+        theirs.write_packet(bytes(build_tcp(APP, ENDPOINT, 4000, 443, seq=1, ack=ack, flags=ACK, window=60000)))
+        await trio.testing.wait_all_tasks_blocked()
+        while theirs.read() is not None:
+            pass
+        stream.send_nowait(bytes(40_000))
+        packets = 0
+        at_once = 0
+        while flow.snd_nxt < flow._send.end:
+            while theirs.read() is not None:
+                packets += 1
+            at_once = at_once or packets
+            await trio.lowlevel.checkpoint()
+        while theirs.read() is not None:
+            packets += 1
+        nursery.cancel_scope.cancel()
+
+    assert at_once <= MAX_SEGMENTS
+    assert packets == -(-40_000 // 48)

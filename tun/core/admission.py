@@ -81,6 +81,12 @@ class Waiting:
         self._before: dict[bytes, float] = {}  # what was noted in the turn before
         self._returned: int = 0  # noted ones that came again in this turn
 
+    def set_places(self, places: int, source_places: int) -> None:
+        """Have so many places from now on, as when it was made; requests that wait beyond them go on waiting."""
+        self._places = places
+        self._source_places = source_places
+        self._few = max(places // FEW, 1)
+
     def add(self, flow: Flow) -> None:
         """Take in a request."""
         self.flows[flow.key] = flow

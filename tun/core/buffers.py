@@ -35,15 +35,17 @@ class Budget:
         limit: bytes that all may hold.
         receive_cap: bytes that a flow's receive buffer may hold.
         send_cap: bytes that a flow's send buffer may hold.
+        crowded: are there so many flows that each must earn its send buffer?
     """
 
-    __slots__ = ("limit", "receive_cap", "send_cap", "used")
+    __slots__ = ("crowded", "limit", "receive_cap", "send_cap", "used")
 
     def __init__(self, limit: int, receive_cap: int, send_cap: int) -> None:
         self.used: int = 0
         self.limit: int = limit
         self.receive_cap: int = receive_cap
         self.send_cap: int = send_cap
+        self.crowded: bool = False
 
 
 class ReceiveQueue:

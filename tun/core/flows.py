@@ -57,11 +57,17 @@ class FlowTable:
         """Make an empty one, with places for so many undecided requests."""
         self.flows: dict[bytes, Flow] = {}
         self.time_wait: dict[bytes, TimeWait] = {}
-        share = undecided * 2 // 3
         self.own: Waiting = Waiting(undecided, 0)
-        self.others: Waiting = Waiting(share, max(share * 2 // 3, 1))
+        self.others: Waiting = Waiting(0, 1)
+        self.set_undecided(undecided)
         self.half_open_flows: dict[bytes, Flow] = {}
         self.foreign_half_open: dict[bytes, int] = {}
+
+    def set_undecided(self, undecided: int) -> None:
+        """Have places for so many undecided requests; others than this host get at most two thirds of them."""
+        share = undecided * 2 // 3
+        self.own.set_places(undecided, 0)
+        self.others.set_places(share, max(share * 2 // 3, 1))
 
     @property
     def undecided(self) -> int:

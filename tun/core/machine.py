@@ -107,6 +107,13 @@ LOSS_RECOVERY: Final = 2  # the timer ran out: all that is not acknowledged coun
 
 # What an empty send buffer takes though all memory is in use: every flow must be able to move.
 LAST_RESORT: Final = 16384
+# Where there are so many flows that their buffers could fill the memory, a send buffer begins with this, and grows by
+# twice what its app acknowledges. No app's first window is larger (RFC 7323 2.2: unscaled in a SYN), so nobody waits
+# for it; but who opens a thousand connections and reads none of them holds an eighth of what he would.
+FIRST_SEND: Final = 65536
+# Segments that one call of `transmit` sends. Without offload, or to a peer with an MSS of 48 bytes that asks for lost
+# ones, a window could be ten thousand; then the flow is asked again after the others (gVisor and WireGuard: 64, 128).
+MAX_SEGMENTS: Final = 128
 
 _IP_FIXED: Final = Struct("!BBHIHH4s4s")
 _PORTS: Final = Struct("!HH")
@@ -784,7 +791,7 @@ class Flow:
 
         `write` gets a header that is rewritten for the next segment, so it must be done with it when it returns.
 
-        Returns: False when the device is full; nothing is lost, ask again later.
+        Returns: False when the device is full, or when it is another flow's turn; nothing is lost, ask again later.
         """
         if self._reset_owed:
             return self._transmit_reset(write)
@@ -824,6 +831,7 @@ class Flow:
         mss = self._mss
         position = self.snd_nxt
         edge = self.snd_edge
+        segments = MAX_SEGMENTS
         room = self.snd_una + self._cwnd if self._recovery == NO_RECOVERY else position + self._cwnd - self._in_flight()
         fresh = self.snd_una == position
         limited = False
@@ -838,6 +846,9 @@ class Flow:
                 count = end - position
             elif count < mss and count * 2 < self._snd_wnd_max and not self._force_small:
                 break  # RFC 9293 3.8.6.2.1: no silly segments; an ACK or the persist timer will come
+            if not segments:
+                return False
+            segments -= 1
             if count > self._max_payload:
                 count = self._max_payload
             elif count > mss and position + count < end:
@@ -1098,10 +1109,14 @@ class Flow:
     def _retransmit(self, write: Write, now: float) -> bool:
         """Resend what counts as lost, as far as the congestion window allows: in order, SACKed bytes never."""
         send = self._send
+        segments = MAX_SEGMENTS
         while self._recovery:
             start, end = self._next_hole()
             if start >= end:
                 return True
+            if not segments:
+                return False
+            segments -= 1
             room = self._cwnd - self._in_flight()
             count = min(end - start, self._max_payload)
             if self._retransmit_now:
@@ -1653,7 +1668,10 @@ class Flow:
         budget = self._host.budget
         if budget.used >= budget.limit:
             return max(LAST_RESORT - held, 0)
-        return max(budget.send_cap - held, 0)
+        cap = budget.send_cap
+        if budget.crowded and cap > FIRST_SEND + 2 * self.bytes_to_app:
+            cap = FIRST_SEND + 2 * self.bytes_to_app
+        return max(cap - held, 0)
 
     def _owe_ack_now(self) -> None:
         self._ack_owed = 2

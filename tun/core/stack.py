@@ -82,13 +82,17 @@ _MAPPED: Final = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96 stands for IPv4 and is
 _HALF_OPEN_FEW: Final = 8
 _HALF_OPEN_S: Final = 1.0
 
-# Above this share of all buffers a flow may hold little; see `_set_caps`.
+# Above this share of all buffers a flow may hold little, each way: enough to be quick on this link, so little that the
+# rest of the memory is there for a thousand flows more; see `_set_caps`.
 _TIGHT: Final = 0.75
-_TIGHT_CAP: Final = 16 * 1024
-# Under full memory the flows that hold much and move little are ended (sockstress).
+_TIGHT_CAP: Final = 64 * 1024
+# From there on, flows that hold much and move little are ended (sockstress), those that hold most first, until the
+# memory is not tight any more: after half a minute, or, when all memory is in use and everybody suffers, after seconds.
 _STALLED_AFTER_S: Final = 30.0
+_STALLED_AFTER_FULL_S: Final = 5.0
 _STALLED_BYTES: Final = 64 * 1024
-_RELIEVED: Final = 0.9
+_HELD_BYTES: Final = 16 * 1024  # ending who holds less would not help
+_RELIEVED: Final = 0.7
 _RELIEF_INTERVAL_S: Final = 1.0
 
 _INFINITE: Final = math.inf
@@ -366,6 +370,16 @@ class Stack:
         self._local = local
         self._allowed = list(allowed)
 
+    def set_limits(self, settings: StackSettings) -> None:
+        """Let flows cost this much from now on: of the settings, only limits may differ from those it was made with.
+
+        Flows that live go on, also where there are more than the limit; only their buffers shrink or grow at once.
+        """
+        self._settings = settings
+        self._table.set_undecided(settings.undecided)
+        self._host.budget.limit = settings.buffers
+        self._set_caps()
+
     # -- input --------------------------------------------------------------------------------------------------------
 
     def handle_packet(self, packet: bytes, start: int, verified: bool, now: float) -> None:
@@ -521,7 +535,7 @@ class Stack:
         if (budget.used > budget.limit * _TIGHT) is not self._tight:
             self._tight = not self._tight
             self._set_caps()
-        if budget.used >= budget.limit and self._relief_at == _INFINITE:
+        if self._tight and self._relief_at == _INFINITE:
             self._relief_at = now + _RELIEF_INTERVAL_S
         if flow.closed and not flow.retired:
             self._after(flow, now)
@@ -548,6 +562,7 @@ class Stack:
         flow.accept(now)
         self.accepted += 1
         table.recount(flow)
+        self._count_heads()
 
     def refuse(self, flow: Flow, now: float) -> None:
         """Decline a request: its app gets RST, among the replies. Nothing happens when it has given up already."""
@@ -1081,12 +1096,18 @@ class Stack:
 
     def _begin_epoch(self, second: int) -> None:
         """Once a second: how many flows had traffic decides how large their buffers may be."""
+        self._count_heads()
         small = self._epoch_flows > self._settings.active_flows
         self._epoch = second
         self._epoch_flows = 0
         if small is not self._small:
             self._small = small
             self._set_caps()
+
+    def _count_heads(self) -> None:
+        """Could the send buffers of all flows take half of the memory?"""
+        budget = self._host.budget
+        budget.crowded = 2 * len(self.flows) * self._settings.send_buffer > budget.limit
 
     def _set_caps(self) -> None:
         """How much one flow may hold: little when memory runs short, half when many are active."""
@@ -1099,25 +1120,27 @@ class Stack:
             send = min(send, settings.small_buffer)
         if self._tight:
             receive = min(receive, _TIGHT_CAP)
+            send = min(send, _TIGHT_CAP)
         budget.receive_cap = receive
         budget.send_cap = send
 
     def _relieve(self, now: float) -> None:
-        """Memory is full: end the flows that have held most without moving for half a minute, until some is free."""
+        """Memory is short: end the flows that have held much without moving for so long, until it is not."""
         budget = self._host.budget
         self._relief_at = _INFINITE
-        if budget.used < budget.limit:
+        if not self._tight:
             return
         self._relief_at = now + _RELIEF_INTERVAL_S
+        patience = _STALLED_AFTER_S if budget.used < budget.limit else _STALLED_AFTER_FULL_S
         stalled: list[tuple[int, bytes]] = []
         for key, flow in self.flows.items():
-            if not flow.charged:
+            if flow.charged < _HELD_BYTES:
                 continue
             moved = flow.bytes_to_app + flow.bytes_from_app - flow.mark_bytes
             if moved >= _STALLED_BYTES:
                 flow.mark_bytes += moved
                 flow.mark_at = now
-            elif now - flow.mark_at >= _STALLED_AFTER_S:
+            elif now - flow.mark_at >= patience:
                 stalled.append((flow.charged, key))
         stalled.sort(reverse=True)
         for _, key in stalled:
