@@ -14,6 +14,7 @@ Rounds alternate between the ways, so that what disturbs the machine disturbs al
 the rounds' ratios, above 1 when the daemon is ahead. All programs share the machine's cores.
 
 Two versions beside each other, alternating: --ways ngrokd --all-variants --variant before:commit=HEAD
+One worker and two, beside the forwarder:    --ways ngrokd,forwarder --all-variants --workers 2 --cases rate64,up8
 
 Cases: those of cases.py, and `rest` (start-up, memory, idle connections). With --record the numbers go to
 results.json, RESULTS.md and charts/, where they replace those of the families that were measured.
@@ -200,6 +201,9 @@ def main() -> None:
         metavar="NAME:KEY=VALUE,...",
         help="one more daemon, in some cases; KEY: commit, python (one that has ngrokd installed), or section.key",
     )
+    parser.add_argument(
+        "--workers", type=int, action="append", default=[], metavar="N", help="one more daemon, with N workers"
+    )
     parser.add_argument("--all-variants", action="store_true", help="these in all cases")
     parser.add_argument("--record", action="store_true", help="write results.json, RESULTS.md and charts/")
     parser.add_argument("--json", action="store_true", help="every round's numbers as one JSON document")
@@ -214,12 +218,13 @@ def main() -> None:
         parser.error(f"results are kept of {IDLE_CONNECTIONS} idle connections only")
     commit = full_commit(options.commit or ("HEAD" if options.record else ""))
     own = f"{DAEMON}:{options.set}" + (f",commit={commit}" if commit else "")
+    crews = [own.replace(DAEMON, f"workers{n}", 1) + f",net.workers={n}" for n in options.workers]
     command = f"bench/bench_path.py {' '.join(sys.argv[1:])}"
     run = describe_run(command, commit, os.getloadavg()[0], options.rounds, options.seconds)
 
     results, figures = {}, None
     with private_place(keep=options.keep) as place:
-        variants = [place.variant(text) for text in (own, *options.variant)]
+        variants = [place.variant(text) for text in (own, *crews, *options.variant)]
         if cases := [name for name in names if name != REST]:
             every = options.all_variants
             results = measure_load(place, cases, chosen, variants, options.seconds, options.rounds, every=every)

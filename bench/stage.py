@@ -336,11 +336,12 @@ def to_toml(settings: Mapping[str, str]) -> str:
 
 
 def read_hosts(path: Path) -> dict[str, str]:
-    """Name to address."""
+    """Name to IPv4 address: the peers have no other, and the load programs take none."""
     names: dict[str, str] = {}
     for line in path.read_text().splitlines():
         address, *rest = line.partition("#")[0].split() or [""]
-        names |= dict.fromkeys(rest, address)
+        if ":" not in address:
+            names |= dict.fromkeys(rest, address)
     return names
 
 
