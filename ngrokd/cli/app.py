@@ -46,6 +46,7 @@ COMMANDS: Final = {
     "resume": ("ngrokd.cli.pause", "resume", "Take new connections again."),
     "reload": ("ngrokd.cli.refresh", "reload", "Have the daemon read its configuration now."),
     "service": ("ngrokd.cli.service", "service", "Let the machine start the daemon (systemd)."),
+    "migrate": ("ngrokd.cli.migrate", "migrate", "Take the place of the Go ngrokd, or give it back."),
     "version": ("ngrokd.cli.version", "version", "Print versions."),
     "help": ("ngrokd.cli.version", "show_help", "Print help, on a command where one is named."),
 }

@@ -13,6 +13,7 @@ from ngrokd.cli.output import clean, fields, paint, print_lines, terminal_width,
 from ngrokd.errors import Exit, PermissionMissingError
 
 if TYPE_CHECKING:
+    from ngrokd.config import Settings
     from ngrokd.host.services import Systemd
     from ngrokd.host.units import Service
 
@@ -35,7 +36,7 @@ def service() -> None:
 @_KEY
 @click.option("--launchd", is_flag=True, help="The job for macOS instead of the unit for systemd.")
 def show(context: Context, name: str, key_file: str | None, launchd: bool) -> None:
-    """Print the unit that "install" would write for this configuration. Nothing is changed."""
+    """Print the unit. It is the one that "install" would write for this configuration."""
     from ngrokd.host.units import launchd_plist, systemd_unit
 
     made = service_of(context, name, key_file or "")
@@ -53,7 +54,7 @@ def show(context: Context, name: str, key_file: str | None, launchd: bool) -> No
 @click.option("--force", is_flag=True, help="Overwrite another unit of that name.")
 @click.option("--trust-writable", is_flag=True, help="Install although others than root could change the program.")
 def install(context: Context, name: str, key_file: str | None, now: bool, force: bool, trust_writable: bool) -> None:
-    """Write the unit and have it started at each boot. Doing it again brings it up to date.
+    """Have it started at each boot. Doing it again brings the unit up to date.
 
     It refuses while somebody else than root could change the program, a directory on the way to it, or the
     configuration: whoever can, is root from the next boot on.
@@ -62,15 +63,8 @@ def install(context: Context, name: str, key_file: str | None, now: bool, force:
 
     _need_root("install")
     made = service_of(context, name, key_file or "")
-    weak = _weak_spots(made)
-    if weak and not trust_writable:
-        raise PermissionMissingError(
-            "others than root could change what the service runs:\n" + "\n".join(weak),
-            remedy="install it for root: sudo make install; then: sudo ngrokd service install",
-        )
-    for weakness in weak:
-        warn(weakness)
-    manager = _systemd()
+    check_ownership(made, trust_writable=trust_writable)
+    manager = systemd()
     for directory in made.writable:
         if not os.path.isdir(directory):
             files.ensure_private_directory(directory)  # what is not there cannot be made writable in the unit
@@ -93,9 +87,9 @@ def install(context: Context, name: str, key_file: str | None, now: bool, force:
 @command("service uninstall")
 @_NAME
 def uninstall(context: Context, name: str) -> None:
-    """Stop the service and remove its unit. State and configuration stay."""
+    """Stop it and remove its unit. State and configuration stay."""
     _need_root("uninstall")
-    manager = _systemd()
+    manager = systemd()
     there = manager.uninstall(name)
     if context.as_json:
         context.print_document({"unit": manager.path(name), "removed": there})
@@ -107,7 +101,7 @@ def _verb(verb: str, done: str, text: str) -> click.Command:
     @command(f"service {verb}")
     @_NAME
     def call(context: Context, name: str) -> None:
-        manager = _systemd()
+        manager = systemd()
         _check_installed(manager, name)
         manager.call(verb, name)
         if context.as_json:
@@ -122,8 +116,8 @@ def _verb(verb: str, done: str, text: str) -> click.Command:
 @command("service status")
 @_NAME
 def status(context: Context, name: str) -> int:
-    """Show whether the service is installed, starts at boot, and runs. Exit 0 when it runs, 3 when not."""
-    manager = _systemd()
+    """Show how the service is. Exit 0 when it runs, 3 when not."""
+    manager = systemd()
     state = manager.state(name)
     if context.as_json:
         context.print_document(
@@ -152,20 +146,20 @@ def status(context: Context, name: str) -> int:
 
 service.add_command(install, "install")
 service.add_command(uninstall, "uninstall")
-service.add_command(_verb("start", "started", "Start the service, and wait until it has started."), "start")
-service.add_command(_verb("stop", "stopped", "Stop the service; it undoes everything it did to the machine."), "stop")
-service.add_command(_verb("restart", "restarted", "Stop the service and start it again."), "restart")
+service.add_command(_verb("start", "started", "Start the service."), "start")
+service.add_command(_verb("stop", "stopped", "Stop the service. It undoes everything it did to the machine."), "stop")
+service.add_command(_verb("restart", "restarted", "Restart the service."), "restart")
 service.add_command(status, "status")
 service.add_command(show, "print")
 
 
-def service_of(context: Context, name: str, key_file: str) -> Service:
-    """The service for this program and configuration. Raises ConfigError, UsageError."""
+def service_of(context: Context, name: str, key_file: str, settings: Settings | None = None) -> Service:
+    """The service for this program and configuration, the one in use unless it is given. Raises UsageError."""
     from ngrokd.host.units import Service
 
     if not name.replace("-", "").replace("_", "").isalnum() or not name.isascii():
         raise click.UsageError("the name of a service is made of letters, digits, - and _")
-    settings = context.load_settings()
+    settings = settings or context.load_settings()
     asked = context.config or context.environ.get("NGROKD_CONFIG", "")
     directories = []
     if settings.hosts.enabled:
@@ -194,6 +188,18 @@ def program() -> tuple[str, ...]:
     return (sys.executable, "-m", "ngrokd")
 
 
+def check_ownership(made: Service, *, trust_writable: bool) -> None:
+    """Make sure that root alone can change what the service runs; or only warn. Raises PermissionMissingError."""
+    weak = _weak_spots(made)
+    if weak and not trust_writable:
+        raise PermissionMissingError(
+            "others than root could change what the service runs:\n" + "\n".join(weak),
+            remedy="install it for root: sudo make install; then: sudo ngrokd service install",
+        )
+    for weakness in weak:
+        warn(weakness)
+
+
 def _weak_spots(made: Service) -> list[str]:
     import sysconfig
 
@@ -210,7 +216,8 @@ def _weak_spots(made: Service) -> list[str]:
     return weak_spots(files, {paths["purelib"], paths["platlib"], *packages})
 
 
-def _systemd() -> Systemd:
+def systemd() -> Systemd:
+    """The service manager of this machine. Raises ServiceError where it is another one."""
     from ngrokd.host.services import ServiceError, Systemd
 
     if sys.platform != "linux":

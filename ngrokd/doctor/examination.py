@@ -13,6 +13,7 @@ from ngrokd.doctor.patient import Patient
 
 _HERE: Final[tuple[Callable[[Patient], Iterator[Finding]], ...]] = (
     machine.daemon,
+    machine.go_daemon,
     machine.rights,
     machine.file_limit,
     machine.network,

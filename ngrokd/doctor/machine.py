@@ -18,6 +18,7 @@ from ngrokd.doctor import obstacles, residue
 from ngrokd.doctor.findings import Finding, fail, ok, warn
 from ngrokd.doctor.patient import Patient
 from ngrokd.errors import NgrokdError, StateError
+from ngrokd.host import migration
 from ngrokd.host.hostsfile import HostsFileError, read_hosts
 from ngrokd.host.planning import expected_subnet6, plan_run
 from ngrokd.names import hosts
@@ -51,6 +52,22 @@ def daemon(patient: Patient) -> Iterator[Finding]:
     else:
         remedy = {"waiting_for_key": "give it an API key: sudo ngrokd set-api-key"}.get(state, "see: ngrokd status")
         yield warn("daemon", f"{who}, {state.replace('_', ' ')}", remedy, state=state)
+
+
+def go_daemon(patient: Patient) -> Iterator[Finding]:
+    """Is the Go daemon installed here, or does it run at its own socket?"""
+    found = migration.find(migration.Places(), kind_of=migration.kind_of_link)
+    what = [
+        name
+        for name, there in (("a unit", found.unit), ("a job", found.job), ("an interface", found.interface))
+        if there
+    ]
+    if found.pid and found.pid != patient.pid:
+        said = f"the Go ngrokd runs as process {found.pid}, and wants the same names and routes"
+        yield fail("go-daemon", said, "take its place: sudo ngrokd migrate")
+    elif what:
+        said = f"the Go ngrokd is installed: it has {' and '.join(what)}"
+        yield warn("go-daemon", said, "take its place: sudo ngrokd migrate (--dry-run shows what that is)")
 
 
 def rights(patient: Patient) -> Iterator[Finding]:

@@ -198,6 +198,23 @@ def find_conflicts(subnet: Network, interface: str) -> Judgement:
         return judge(subnet, interface, _facts(ipr))
 
 
+def kind_of(interface: str) -> str:
+    """The kernel's word for the kind of a link ("dummy", "tun", ...); "" for hardware, and when there is none."""
+    with _iproute() as ipr:
+        link = _link(ipr, interface)
+        return "" if link is None else _kind(link)[0]
+
+
+def delete_dummy(interface: str) -> bool:
+    """Delete a link of kind dummy. Returns whether there was one; any other kind is left alone."""
+    with _iproute() as ipr:
+        link = _link(ipr, interface)
+        if link is None or _kind(link)[0] != "dummy":
+            return False
+        with _refused_as(f"to delete {interface}"):
+            return not _gone(lambda: ipr.link("del", index=link["index"]))
+
+
 def check_interface(interface: str) -> None:
     """Make sure that `interface` is missing, or a TUN device that nobody holds.
 
@@ -606,12 +623,18 @@ def _unless(call: Callable[[], object], fine: frozenset[int]) -> bool:
 @contextmanager
 def _refusals(step: Step) -> Iterator[None]:
     """Turn the kernel's refusals into errors that say what was refused."""
+    with _refused_as(str(step)):
+        yield
+
+
+@contextmanager
+def _refused_as(what: str) -> Iterator[None]:
     from ngrokd.host.netlink import NetlinkError
 
     try:
         yield
     except (NetlinkError, OSError) as error:
-        _refused(str(step), error)
+        _refused(what, error)
 
 
 @contextmanager
