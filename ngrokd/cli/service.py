@@ -155,6 +155,7 @@ service.add_command(show, "print")
 
 def service_of(context: Context, name: str, key_file: str, settings: Settings | None = None) -> Service:
     """The service for this program and configuration, the one in use unless it is given. Raises UsageError."""
+    from ngrokd.config import MOST_AUTO_WORKERS
     from ngrokd.host.units import Service
 
     if not name.replace("-", "").replace("_", "").isalnum() or not name.isascii():
@@ -175,7 +176,7 @@ def service_of(context: Context, name: str, key_file: str, settings: Settings | 
         writable=tuple(directories),
         key_file=os.path.abspath(key_file) if key_file else "",
         group=settings.control.group,
-        workers=workers,
+        workers=settings.net.workers or MOST_AUTO_WORKERS,  # 0 is "auto", and there may be more processors some day
         drain_s=settings.net.drain_s,
     )
 

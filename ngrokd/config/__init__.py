@@ -19,6 +19,7 @@ from ngrokd.config.readers import (
 )
 from ngrokd.config.schema import (
     INGRESS_PORT,
+    MOST_AUTO_WORKERS,
     NGROK_CA_FINGERPRINT,
     ApiSettings,
     ControlSettings,
@@ -69,5 +70,6 @@ __all__ = [
     "format_duration",
     "format_size",
     "INGRESS_PORT",
+    "MOST_AUTO_WORKERS",
     "NGROK_CA_FINGERPRINT",
 ]

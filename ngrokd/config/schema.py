@@ -37,6 +37,7 @@ from ngrokd.config.readers import (
 from ngrokd.endpoints import Secret
 
 INGRESS_PORT: Final = 443
+MOST_AUTO_WORKERS: Final = 8
 
 # ngrok's private intermediate CA, under which the binding ingress presents itself: "CN=Intermediate CA, OU=prod,
 # O=ngrok Inc", valid 2022-08-31 to 2032-08-28, SHA-256 of its DER form.

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
+from ngrokd.config import MOST_AUTO_WORKERS
 from ngrokd.dataplane import DataPlaneSettings
 
 MOST_WORKERS: Final = 64  # more would carry nothing faster; the kernel allows 256 queues
@@ -23,7 +24,7 @@ def count_workers(configured: int, cpus: int) -> int:
         cpus: processors this process may use. "auto" takes half of them: apps and the kernel's half of the path need
             the other one.
     """
-    return min(configured or max(1, min(cpus // 2, 8)), MOST_WORKERS)
+    return min(configured or max(1, min(cpus // 2, MOST_AUTO_WORKERS)), MOST_WORKERS)
 
 
 def divide(settings: DataPlaneSettings, workers: int) -> DataPlaneSettings:
