@@ -359,6 +359,23 @@ def test_unknown_options_are_treated_as_they_ask(stack: Stack, header: type[Pack
 
 
 @pytest.mark.rule(5)
+@pytest.mark.parametrize(
+    "options",
+    [b"\0\0\0\0\0\x1e", b"\1\5\0\0\0\0", b"\x1e\xff\0\0\0\0", b"\1\2\0\0\1\1", b"\0\0\0\0\1\1"],
+    ids=["no length", "longer than the rest", "much longer", "second one longer", "one beyond"],
+)
+def test_options_end_where_their_header_ends(stack: Stack, options: bytes) -> None:
+    """What follows the header is not theirs to read, and perhaps nothing does."""
+    for payload in (bytes(syn()), b""):
+        header = bytes(ip() / Raw(bytes(8) + payload))
+        stack.handle_packet(header[:6] + b"\0" + header[7:40] + b"\x06\0" + options + payload, 0, True, 1.0)
+
+    assert stack.take_replies() == []
+    assert stack.take_requests() == []
+    assert stack.drops == {"ip_options": 2}
+
+
+@pytest.mark.rule(5)
 def test_known_chains_are_walked(stack: Stack) -> None:
     chain = IPv6ExtHdrHopByHop() / IPv6ExtHdrDestOpt() / IPv6ExtHdrRouting(segleft=0) / IPv6ExtHdrDestOpt()
     give(stack, ip() / chain / syn())

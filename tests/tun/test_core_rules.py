@@ -673,6 +673,45 @@ def test_payloads_of_any_size_end_in_a_closed_window(size: int) -> None:
     assert flow.rcv_edge == flow.rcv_nxt
 
 
+@pytest.mark.rule(31, 40)
+def test_a_fin_at_the_right_edge_is_not_remembered(play: Play) -> None:
+    """It takes a number, and there is none left for it; when all before it is here it may come again."""
+    book = play("us  | flow ESTABLISHED", begin=OPEN, settings=tuned(receive_buffer=65536))
+    assert book.flow is not None
+    edge = book.flow.rcv_edge
+
+    book.play(f"""
+        app > F. {edge}:{edge}(0) ack 1
+        app < .  1:1(0) ack 1
+        app > P. 1:30001(30000) ack 1
+        app < .  1:1(0) ack 30001
+        app > P. 30001:{edge}({edge - 30001}) ack 1
+        app < .  1:1(0) ack {edge}
+        us  | flow ESTABLISHED
+        app > F. {edge}:{edge}(0) ack 1
+        app < .  1:1(0) ack {edge + 1}
+        us  | flow CLOSE_WAIT
+    """)
+
+
+@pytest.mark.rule(40)
+def test_what_follows_a_fin_is_dropped_and_answered(play: Play) -> None:
+    """Bytes behind the end are nobody's (RFC 9293 3.10.7.4, seventh); each is counted, and not handed out."""
+    play(
+        """
+        app > F. 1:1(0) ack 1
+        app < .  1:1(0) ack 2
+        app > P. 2:12(10) ack 1
+        app < .  1:1(0) ack 2
+        app > P. 2:12(10) ack 1
+        us  | drops after_fin 2
+        us  | readable 0
+        us  | flow CLOSE_WAIT
+        """,
+        begin=OPEN,
+    )
+
+
 # -- sending ----------------------------------------------------------------------------------------------------------
 
 
