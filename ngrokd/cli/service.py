@@ -168,7 +168,6 @@ def service_of(context: Context, name: str, key_file: str, settings: Settings | 
     state = settings.state.directory
     if not any(state == one or state.startswith(f"{one.rstrip('/')}/") for one in directories):
         directories.append(state)
-    workers = getattr(settings.net, "workers", 1)
     return Service(
         name=name,
         program=program(),
