@@ -146,5 +146,17 @@ uninstall:
 	@rmdir $(PREFIX) 2>/dev/null || true
 	@echo "removed $(PREFIX) and its commands; the state directory /etc/ngrokd (operator, key, certificate, addresses) was kept"
 
+# Whoever has the archive checks it against the sum that is published beside it; install.sh then checks each file.
+## make dist         a release of HEAD: dist/ngrokd-VERSION.tar.gz, in it the sums of its files, beside it its own
+.PHONY: dist
+dist:
+	@set -e; version=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml | head -n 1); name=ngrokd-$$version; \
+	    dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; mkdir -p dist; \
+	    git archive --prefix=$$name/ HEAD | tar -x -C "$$dir"; \
+	    (cd "$$dir/$$name" && find . -type f ! -path ./SHA256SUMS -exec sha256sum {} + | sort -k 2 > SHA256SUMS); \
+	    tar -C "$$dir" --sort=name --owner=0 --group=0 --numeric-owner --mtime="@$$(git log -1 --format=%ct)" \
+	        -cf - $$name | gzip -n > dist/$$name.tar.gz; \
+	    (cd dist && sha256sum $$name.tar.gz > $$name.tar.gz.sha256); echo "made dist/$$name.tar.gz"
+
 clean:
 	rm -rf .venv .venv-bench .venv-fuzz dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
