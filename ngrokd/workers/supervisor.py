@@ -18,7 +18,7 @@ order takes effect as a whole between two packets. `in_force` is what makes name
 them.
 
 The descriptors of all queues stay open here as long as the device lives, whatever happens to workers: closing one
-would renumber the others and move their connections (docs/adr/0027). While nobody reads a queue its packets wait there,
+would renumber the others and move their connections (docs/adr/0026). While nobody reads a queue its packets wait there,
 and the next worker finds them: SYNs are served, and what belongs to connections that ended with the last worker is
 answered by RST, so that their apps know.
 
