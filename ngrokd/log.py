@@ -17,7 +17,8 @@ elsewhere.
 
 Fields: `log.info("flow refused", extra={"endpoint": url})` shows as ` endpoint=...` in text and as a key in JSON;
 `with context(flow=7):` adds fields to every line said inside, by this task and the tasks it starts. `event` is the name
-of an event (`ngrokd.ops.events`); people read its message.
+of an event (`ngrokd.ops.events`), which people need not read; with `said` the message says all fields, and text has no
+more than that.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ _STANDARD_ATTRIBUTES: Final = frozenset(vars(logging.makeLogRecord({}))) | {
     "asctime",
     "suppressed",
     "rate_key",
+    "said",
 }
 _PRIORITIES: Final = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))  # sd-daemon(3); debug is 7
 _COLOURS: Final = {"warning": "\x1b[33m", "error": "\x1b[31m", "critical": "\x1b[31m", "debug": "\x1b[2m"}
@@ -133,7 +135,8 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """One line without its end."""
         parts = [_message(record)]
-        parts += [f"{name}={_quoted(value)}" for name, value in _fields(record).items() if name != "event"]
+        if not getattr(record, "said", False):
+            parts += [f"{name}={_quoted(value)}" for name, value in _fields(record).items() if name != "event"]
         if record.exc_info and record.exc_info[1] is not None:
             parts.append("| " + fold_traceback(record.exc_info[1]))
         return self._head(record) + one_line(" ".join(parts))

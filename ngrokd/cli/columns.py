@@ -51,10 +51,11 @@ def fit(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int | N
             break
         chosen.remove(min(unworthy, key=lambda at: columns[at].worth))
     lines = [[column.title for column in columns], *cells]
-    return [
+    placed = (
         (" " * GAP).join(_place(line[at], size, right=columns[at].right) for at, size in widths.items()).rstrip()
         for line in lines
-    ]
+    )
+    return [line if width is None else truncate(line, width) for line in placed]
 
 
 def _squeeze(columns: Sequence[Column], widths: dict[int, int], width: int | None) -> None:

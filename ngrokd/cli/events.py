@@ -58,7 +58,7 @@ def _event_line(event: Mapping[str, Any]) -> str:
     )
     level, message = str(event.get("level", "")), clean(event.get("message") or "")
     name = clean(event.get("event", ""))
-    text = f"{_clock(event.get('time'))} {name.ljust(16)} {message}{' ' if message and fields else ''}"
+    text = f"{_clock(event.get('time'))} {name.ljust(18)} {message}{' ' if message and fields else ''}"
     return _shade(text, fields, level)
 
 

@@ -38,7 +38,7 @@ class Echo:
 
 @command("ping")
 @click.argument("name", metavar="NAME")
-@click.option("-c", "--count", metavar="N", type=click.IntRange(min=1), default=1, show_default=True, help="So often.")
+@click.option("-n", "--count", metavar="N", type=click.IntRange(min=1), default=1, show_default=True, help="So often.")
 @click.option(
     "-i", "--interval", type=click.FloatRange(min=0.2), default=1.0, show_default=True, help="Seconds between."
 )

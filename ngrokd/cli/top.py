@@ -125,7 +125,7 @@ def _print_frames(context: Context, subscription: Subscription, view: View, *, o
 def screen(view: View, width: int, height: int) -> list[str]:
     """All lines of the terminal: head, rows, keys. Never more than `height`, nor wider than `width`."""
     head = head_lines(view, width)
-    heading, *rows = _rows(view, width)
+    heading, *rows = _rows(view, width)  # plain text: colours come after cutting
     room = max(0, height - len(head) - 3)
     offset = max(0, min(view.offset, len(rows) - room))
     rows = rows[offset : offset + room]
@@ -143,10 +143,10 @@ def head_lines(view: View, width: int | None) -> list[str]:
     colour = "green" if state == "ready" else "yellow"
     total = frame.get("total", 0)
     facts = [
+        _clock(frame.get("time")),
         f"{frame.get('endpoints', 0)} endpoints",
         f"{total} connection{'' if total == 1 else 's'}",
-        f"{frame.get('pool_ready', 0)} ready to the ingress",
-        _clock(frame.get("time")),
+        f"{frame.get('pool_ready', 0)} kept ready",
     ]
     first = _within(f"ngrokd is {state}", width) + "".join(f"   {fact}" for fact in facts)
     rates = [
@@ -155,7 +155,7 @@ def head_lines(view: View, width: int | None) -> list[str]:
         f"opened {_per_second(frame.get('opened_s'))}",
         f"refused {_per_second(frame.get('refused_s'))}",
         f"dials {_per_second(frame.get('dials_s'))}",
-        f"p95 {milliseconds_text(frame.get('dial_p95_ms'))}",
+        f"p95 {milliseconds_text(frame.get('dial_p95_ms') or None) or '-'}",
         f"drops {_per_second(frame.get('drops_s'))}",
     ]
     lines = [_within(first, width).replace(state, paint(state, colour), 1), _within("   ".join(rates), width)]
@@ -211,9 +211,9 @@ def _foot(view: View, width: int) -> str:
     if view.typing:
         return _within(f"filter: {clean(view.wanted)}_   (enter: keep, escape: none)", width)
     order = f"{view.sort}{', reversed' if view.reverse else ''}"
-    only = f"   only: {clean(view.wanted)}" if view.wanted else ""
-    paused = "   PAUSED" if view.paused else ""
-    keys = f"q quit  s sort ({order})  r reverse  / filter  p pause  arrows scroll{only}{paused}"
+    only = f"only {clean(view.wanted)}   " if view.wanted else ""
+    paused = "PAUSED   " if view.paused else ""
+    keys = f"{paused}{only}q quit  s sort ({order})  r reverse  / filter  p pause  arrows scroll"
     return paint(_within(keys, width), "dim")
 
 
@@ -311,7 +311,10 @@ def _wait(subscription: Subscription, terminal: _Terminal) -> Iterator[Any]:
     sources: list[Any] = [subscription, *([terminal.keyboard] if terminal.keyboard is not None else [])]
     found, _, _ = select.select(sources, [], [], LOOK_S)
     if terminal.keyboard in found and terminal.keyboard is not None:
-        typed = os.read(terminal.keyboard, 256)
+        try:
+            typed = os.read(terminal.keyboard, 256)
+        except OSError:  # the terminal itself is gone
+            typed = b"q"
         if not typed:
             terminal.keyboard = None
         yield from keys_of(typed.decode("utf-8", "replace"))
@@ -369,7 +372,7 @@ class _Terminal:
             import termios
 
             with contextlib.suppress(termios.error):  # the terminal itself is gone
-                termios.tcsetattr(self.keyboard, termios.TCSADRAIN, self._before)
+                termios.tcsetattr(self.keyboard, termios.TCSANOW, self._before)
         with contextlib.suppress(OSError):
             sys.stdout.write("\x1b[?25h\x1b[?1049l")
             sys.stdout.flush()

@@ -54,7 +54,8 @@ class Pulse:
                 self.longest_s = max(self.longest_s, late)
             await self._in_force()
             counters = self._counters()
-            self._events.emit("daemon.heartbeat", "", **figures(before, counters), loop_delay_ms=_ms(self.longest_s))
+            numbers = figures(before, counters) | {"loop_delay_ms": _ms(self.longest_s)}
+            self._events.emit("daemon.heartbeat", _in_words(numbers), **numbers)
             before, self.longest_s = counters, 0.0
 
 
@@ -78,6 +79,14 @@ def figures(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, in
         "bytes_to_app": since("relay.bytes_to_app"),
         "drops": since(*drops),
     }
+
+
+def _in_words(numbers: Mapping[str, int | float]) -> str:
+    return (
+        "{flows} connections; in the last minute {opened} opened, {refused} refused, {cut} cut, "
+        "{bytes_from_app} bytes from apps, {bytes_to_app} to apps, {dials} dials ({dials_failed} failed, "
+        "p95 {dial_p95_ms} ms), {drops} packets dropped, event loop late by {loop_delay_ms} ms at most"
+    ).format(**numbers)
 
 
 def dial_times(counters: Mapping[str, int]) -> Distribution:

@@ -108,6 +108,10 @@ KINDS: Final[Mapping[str, Kind]] = {
 }
 
 
+# A flow's endpoint, number and source stand behind the words; of all else the message says everything.
+FOR_FLOWS: Final = frozenset(name for name in KINDS if name.startswith("flow."))
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """One event.
@@ -155,7 +159,7 @@ class Events:
             self._kept.append(Event(self.last, self._wall(), name, message, fields))
         logger = logging.getLogger(f"ngrokd.{name.partition('.')[0]}")
         if logger.isEnabledFor(kind.level):
-            extra = {"event": name, "rate_key": name, **fields}
+            extra = {"event": name, "rate_key": name, "said": name not in FOR_FLOWS, **fields}
             logger.log(kind.level, "%s", message or kind.when, extra=extra)
 
     def after(self, number: int, most: int = KEPT) -> list[Event]:

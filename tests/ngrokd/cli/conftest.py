@@ -15,22 +15,44 @@ import trio
 
 from ngrokd.cli.app import invoke
 from ngrokd.errors import NgrokdError
-from ngrokd.ops.control import Command, ControlServer, ControlSocket
+from ngrokd.ops.control import Command, ControlServer, ControlSocket, Start, Streaming
 from ngrokd.ops.peers import Peer
 
 
 @dataclass
+class Lines:
+    """An answer that goes on: what the first line says, the further lines, and an error at the end."""
+
+    lines: list[object]
+    data: object = None
+    error: NgrokdError | None = None
+
+
+@dataclass
 class FakeDaemon:
-    """Answers each command with what is in `answers`: data, or an error to raise. It notes what it was asked."""
+    """Answers each command with what is in `answers`: data, Lines, or an error to raise. It notes what it was asked."""
 
     socket: str
     answers: dict[str, object] = field(default_factory=dict)
     asked: list[tuple[str, list[str]]] = field(default_factory=list)
 
-    def commands(self) -> dict[str, Command]:
+    def commands(self) -> dict[str, Command | Streaming]:
         """Every name that is answered when the client comes."""
 
-        def make(name: str) -> Command:
+        def make(name: str) -> Command | Streaming:
+            async def stream(arguments: list[str], _peer: Peer, start: Start) -> None:
+                self.asked.append((name, arguments))
+                answer = self.answers[name]
+                assert isinstance(answer, Lines)
+                send = await start(answer.data)
+                for line in answer.lines:
+                    await send(json.dumps(line).encode() + b"\n")
+                if answer.error is not None:
+                    raise answer.error
+
+            if isinstance(self.answers[name], Lines):
+                return Streaming(stream)
+
             async def handler(arguments: list[str], _peer: Peer) -> object:
                 self.asked.append((name, arguments))
                 answer = self.answers[name]
