@@ -26,7 +26,7 @@ import contextlib
 import math
 import os
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv6Address, ip_network
 from types import TracebackType
 from typing import Final, Protocol, Self, TypeAlias
@@ -111,7 +111,21 @@ class Pause:
     paused: bool
 
 
-Order: TypeAlias = Serve | Use | Reach | Trust | Accept | Pause
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What flows may cost from now on, all of them together; those that live go on. Sizes are bytes."""
+
+    flows: int
+    half_open: int
+    undecided: int
+    buffer: int
+    buffers: int
+    dials: int
+    connect_timeout_s: float
+    pool: PoolSettings
+
+
+Order: TypeAlias = Serve | Use | Reach | Trust | Accept | Pause | Limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +262,26 @@ class Tape(Protocol):
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None: ...
+
+
+def limited(settings: DataPlaneSettings, limit: Limit) -> DataPlaneSettings:
+    """The settings with these limits in place of theirs."""
+    return replace(
+        settings,
+        stack=replace(
+            settings.stack,
+            receive_buffer=limit.buffer,
+            send_buffer=limit.buffer,
+            small_buffer=limit.buffer // 2,
+            max_flows=limit.flows,
+            half_open=limit.half_open,
+            undecided=limit.undecided,
+            buffers=limit.buffers,
+        ),
+        connect_timeout_s=limit.connect_timeout_s,
+        dials=limit.dials,
+        pool=limit.pool,
+    )
 
 
 class Plane(Protocol):
@@ -394,6 +428,9 @@ class DataPlane:
                 self.ingress.set_addresses(order.host, order.port, order.addresses)
             case Trust():
                 self.ingress.set_anchors(order.system, order.pem, order.fingerprints)
+            case Limit():
+                self._stack.set_limits(limited(self._settings, order).stack)
+                self.ingress.set_limits(order.connect_timeout_s, order.dials, order.pool)
             case Pause(paused):
                 self._paused = paused
                 self._stack.set_draining(paused or self._draining.is_set())

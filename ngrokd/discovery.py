@@ -126,6 +126,7 @@ class Knowledge:
     hosts_problem: str = ""
     state_problem: str = ""
     renewal_problem: str = ""
+    selectors_problem: str = ""
     from_last_known: bool = False
     polls: int = 0
     failures: int = 0
@@ -136,7 +137,7 @@ class Discovery:
     """The loop. Give it what it needs and `run` it.
 
     Args:
-        settings: the configuration; `settings` may be assigned later to change what can change live.
+        settings: the configuration; see `configure`.
         api: the client of ngrok's API.
         store: the identity on disk.
         has_key: whether there is an API key now.
@@ -203,6 +204,7 @@ class Discovery:
         self._confirming = False
         self._force_renewal = False
         self._ingress_known = False
+        self._tell_selectors = False
         self._asking = False
         self._rounds = 0
         self._wanted = trio.Event()
@@ -243,6 +245,28 @@ class Discovery:
     def refresh_certificate(self, *, force: bool) -> None:
         """Look at the certificate now; renew it when it is due, or in any case."""
         self._force_renewal = self._force_renewal or force
+        self.poke()
+
+    async def configure(self, settings: Settings) -> None:
+        """Go on with another configuration, of which no key differs that is for the next start.
+
+        Our names have moved to another hosts file when this returns, or are out of it, or in it.
+        """
+        before = self.settings
+        self._listing = b""  # of the same endpoints others may be served now
+        if before.api.selectors != settings.api.selectors:
+            self._tell_selectors = True
+        if before.hosts == settings.hosts:
+            self.settings = settings
+        else:
+            async with self._naming:
+                self.settings = settings
+                if before.hosts.enabled and self._hosts_print is not None:
+                    await self._run_sync(self._withdraw_from, before.hosts.path)
+                self._hosts_print = None
+                self.known.hosts_problem = ""
+            if self.known.polled_at or self.known.from_last_known:
+                await self._name()
         self.poke()
 
     # Start
@@ -347,6 +371,7 @@ class Discovery:
         try:
             await self._ensure_identity()
             await self._look_at_operator()
+            await self._select()
             listing = await self._api.bound_endpoints(known.operator_id)
         except (ApiError, StateError) as error:
             return self._failed(error, trio.current_time() - started)
@@ -437,10 +462,34 @@ class Discovery:
         self._events.emit("operator.registered", text, operator=operator.id, not_after=day)
         return operator
 
+    async def _select(self) -> None:
+        """Tell ngrok of other selectors. One that refuses them goes on listing what it listed before."""
+        if not self._tell_selectors:
+            return
+        selectors = self.settings.api.selectors
+        try:
+            await self._api.select(self.known.operator_id, selectors)
+        except (KeyRefusedError, OperatorGoneError):
+            raise
+        except ApiError as error:
+            if str(error) != self.known.selectors_problem:
+                log.warning("%s%s", error, f"; {error.remedy}" if error.remedy else "")
+            self.known.selectors_problem = str(error)
+            return
+        self.known.selectors_problem = ""
+        if selectors == self.settings.api.selectors:
+            self._tell_selectors = False
+        log.info("ngrok was told the selectors: %s", ", ".join(selectors))
+
     async def _look_at_operator(self) -> None:
         """Once per start: ask where the ingress is, which registering and renewing would have told."""
         if not self._ingress_known:
-            self._learn_ingress(await self._api.get_operator(self.known.operator_id))
+            operator = await self._api.get_operator(self.known.operator_id)
+            self._learn_ingress(operator)
+            wanted = self.settings.api.selectors
+            # Those of an operator of the Go daemon's, which sends none, are left alone unless others are asked for.
+            if "api.selectors" in self.settings.origins and operator.selectors not in ((), wanted):
+                self._tell_selectors = True
 
     def _learn_ingress(self, operator: Operator) -> None:
         self._ingress_known = True
@@ -550,11 +599,12 @@ class Discovery:
             )
         for service in plan.added[:ENDPOINTS_TOLD]:
             endpoint = service.endpoint
-            emit("endpoint.added", f"served: {endpoint.url}", endpoint=_door(endpoint), address=str(service.address))
+            text = f"served: {endpoint.url} at {service.address}"
+            emit("endpoint.added", text, endpoint=_door(endpoint), address=str(service.address))
         for service in plan.removed[:ENDPOINTS_TOLD]:
             emit("endpoint.removed", f"not served any more: {service.endpoint.url}", endpoint=_door(service.endpoint))
         for skipped in plan.skipped[:ENDPOINTS_TOLD]:
-            text = f"not served: {skipped.reason}"
+            text = f"not served: {skipped.id} {skipped.url}: {skipped.reason}"
             emit("endpoint.skipped", text, endpoint=skipped.url, id=skipped.id, reason=skipped.reason)
         if len(plan.skipped) > ENDPOINTS_TOLD:
             log.warning("not served: %d more; status lists them all", len(plan.skipped) - ENDPOINTS_TOLD)
@@ -638,11 +688,12 @@ class Discovery:
 
     def withdraw(self) -> None:
         """Take our names out of the hosts file: the first act of stopping, the last of a start that failed."""
-        settings = self.settings
-        if not settings.hosts.enabled:
-            return
+        if self.settings.hosts.enabled:
+            self._withdraw_from(self.settings.hosts.path)
+
+    def _withdraw_from(self, path: str) -> None:
         try:
-            edit_hosts(settings.hosts.path, lambda text: self._rendered(text, ()))
+            edit_hosts(path, lambda text: self._rendered(text, ()))
         except HostsFileError as error:
             log.error("the names stay in the hosts file: %s%s", error, f"; {error.remedy}" if error.remedy else "")
 

@@ -92,6 +92,7 @@ def _facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Interface", f"{data.get('interface') or ''}{subnets}"),
         ("IPv6", f"not now: {no_ipv6}" if no_ipv6 else ""),
         ("Hosts file", f"{hosts.get('path') or ''}{unnamed}"),
+        ("Configuration", _configuration(_table(data.get("config")))),
         ("Endpoints", _count(data)),
         ("Connections", _connections(data)),
     ]
@@ -104,6 +105,13 @@ def _validity(not_after: object) -> str:
     date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(expires))
     left = expires - time.time()
     return f"valid until {date} ({ago(left)} left)" if left > 0 else f"expired on {date}"
+
+
+def _configuration(config: Mapping[str, Any]) -> str:
+    names = [str(name) for name in _list(config.get("files"))] or (["defaults"] if config else [])
+    shown = names[0] + (f" and {len(names) - 1} of conf.d" if len(names) > 1 else "") if names else ""
+    waiting = ", ".join(str(key) for key in _list(config.get("needs_restart")))
+    return shown + (f"; waiting for a restart: {waiting}" if waiting else "")
 
 
 def _count(data: Mapping[str, Any]) -> str:
@@ -147,6 +155,12 @@ def _found_problems(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "no API key", "sudo ngrokd set-api-key"
     if api.get("problem"):
         yield str(api["problem"]), str(api.get("remedy") or "")
+    if api.get("selectors_problem"):
+        yield str(api["selectors_problem"]), "mend api.selectors"
+    config = _table(data.get("config"))
+    if config.get("problem"):
+        first = str(config["problem"]).partition("\n")[0]
+        yield f"the configuration is invalid since {config.get('invalid_since')}: {first}", "ngrokd config validate"
     for part in ("certificate", "ingress", "hosts", "state_directory", "network"):
         problem = _table(data.get(part)).get("problem")
         if problem:

@@ -78,6 +78,7 @@ class Operator:
         ingress_endpoint: HOST:PORT of the ingress, "" where ngrok named none that can be one.
         not_before: of the certificate as ngrok tells it, Unix seconds; None when it does not. The certificate rules.
         not_after: likewise.
+        selectors: which endpoints it is for; () where ngrok does not tell.
     """
 
     id: str
@@ -85,6 +86,7 @@ class Operator:
     ingress_endpoint: str = ""
     not_before: float | None = None
     not_after: float | None = None
+    selectors: tuple[str, ...] = ()
 
 
 def trouble_of(error: ApiError) -> Trouble:
@@ -156,6 +158,11 @@ class NgrokApi:
     def __repr__(self) -> str:
         return f"NgrokApi({self._origin.text!r})"
 
+    def configure(self, ssl_context: ssl.SSLContext, timeout_s: float) -> None:
+        """Ask so from now on; see the arguments of the class. What is being asked goes on as it began."""
+        self._ssl_context = ssl_context
+        self._timeout_s = timeout_s
+
     async def register(self, csr_pem: bytes, selectors: Sequence[str] = ("true",)) -> Operator:
         """Create an operator and have its certificate issued.
 
@@ -185,6 +192,13 @@ class NgrokApi:
         if not operator.certificate_pem:
             raise ApiError(f"{what}: ngrok issued no certificate")
         return operator
+
+    async def select(self, operator_id: str, selectors: Sequence[str]) -> None:
+        """Say which endpoints an operator is for. OperatorGoneError when ngrok does not know it."""
+        what = f"changing the selectors of operator {operator_id}"
+        await self._one(
+            "PATCH", _operator_path(operator_id), what, {"binding": {"endpoint_selectors": list(selectors)}}
+        )
 
     async def get_operator(self, operator_id: str) -> Operator:
         """Ask about an operator. OperatorGoneError when ngrok does not know it."""
@@ -494,6 +508,7 @@ class _Certificate(msgspec.Struct):
 class _Binding(msgspec.Struct):
     cert: _Certificate | None = None
     ingress_endpoint: str | None = None
+    endpoint_selectors: object = None
 
 
 class _Operator(msgspec.Struct):
@@ -567,7 +582,14 @@ def _operator(response: Response, what: str) -> Operator:
         ingress if _is_authority(ingress) else "",
         _unix_seconds(certificate.not_before),
         _unix_seconds(certificate.not_after),
+        _texts(binding.endpoint_selectors),
     )
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    """A list of texts, () for anything else."""
+    is_list = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return tuple(value) if is_list and isinstance(value, list) else ()
 
 
 @dataclass(frozen=True, slots=True)

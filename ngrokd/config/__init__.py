@@ -1,8 +1,7 @@
 """The configuration: what may be written, how it is read, and what is said when it is wrong.
 
 `schema` is the list of sections and keys, `readers` turn one value into its type, `lines` knows where each key is
-written, `salvage` reads what is broken, `loading` puts them together, `apikey` finds the API key, `showing` shows and
-compares.
+written, `salvage` reads what is broken, `loading` puts them together, `apikey` finds the API key, `showing` shows them.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from ngrokd.config.schema import (
     StateSettings,
     all_keys,
 )
-from ngrokd.config.showing import merge_live, reloadable, show, shown_value
+from ngrokd.config.showing import show, shown_value
 
 __all__ = [
     "load",
@@ -57,8 +56,6 @@ __all__ = [
     "all_keys",
     "show",
     "shown_value",
-    "reloadable",
-    "merge_live",
     "ApiKey",
     "resolve_api_key",
     "read_key_file",

@@ -25,7 +25,7 @@ import msgspec
 
 from ngrokd import files
 from ngrokd.config.lines import KeyPath
-from ngrokd.config.readers import Hidden, Wrong, from_text, meant, nearest, shown_toml, type_name
+from ngrokd.config.readers import Hidden, Wrong, from_text, is_private, meant, nearest, shown_toml, type_name
 from ngrokd.config.salvage import salvage
 from ngrokd.config.schema import Leaf, Settings, schema
 from ngrokd.endpoints import printable
@@ -188,7 +188,7 @@ class _Conversion:
 
     def read(self, text: str, file: str) -> None:
         """Take over what one file says. Raises ConfigError for one that is nothing like a configuration."""
-        secrets = {leaf.key for leaf in self._leaves.values() if isinstance(leaf.reader, Hidden)}
+        secrets = {leaf.key for leaf in self._leaves.values() if is_private(leaf.reader)}
         try:
             found = salvage(text, secrets)
         except RecursionError:

@@ -302,10 +302,14 @@ class Hidden(_Key[Secret]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Path(_Key[str]):
-    """An absolute path; `socket` bounds its length to what a socket address holds."""
+    """An absolute path; `socket` bounds its length to what a socket address holds.
+
+    `private`: a secret is easily written there by mistake, so what is no path is not repeated.
+    """
 
     optional: bool = False
     socket: bool = False
+    private: bool = False
 
     def read(self, value: object) -> str:
         expected = 'an absolute path, or ""' if self.optional else "an absolute path"
@@ -313,7 +317,7 @@ class Path(_Key[str]):
         if not path and self.optional:
             return ""
         if not path.startswith("/"):
-            raise Wrong(expected)
+            raise Wrong(expected, got='a text that does not begin with "/"' if self.private else None)
         if ".." in path.split("/"):
             raise Wrong(expected + ' without ".."')
         limit = MAX_SOCKET_PATH_BYTES if self.socket else MAX_PATH_BYTES
@@ -507,6 +511,11 @@ class Group(_Key[str]):
 
     def json_schema(self) -> dict[str, object]:
         return {"type": "string", "pattern": r"^[A-Za-z0-9_]?[A-Za-z0-9._-]*\$?$"}
+
+
+def is_private(reader: Reader[Any]) -> bool:
+    """Whether what is written there must not be repeated."""
+    return isinstance(reader, Hidden) or (isinstance(reader, Path) and reader.private)
 
 
 def from_text(reader: Reader[Any], text: str) -> object:

@@ -18,6 +18,7 @@ from ngrokd.config.lines import KeyPath, index_lines
 from ngrokd.endpoints import printable
 
 MAX_ERRORS: Final = 20
+MAX_KEY_CHARS: Final = 100  # a longer one is not repeated
 
 _HEADER: Final = re.compile(r"\s*\[+\s*([A-Za-z0-9_.-]+)")
 _PAIR: Final = re.compile(r"""\s*(["']?)(?P<key>[A-Za-z0-9_.-]+)\1\s*=[ \t]*(?P<value>.*?)\s*""", re.DOTALL)
@@ -83,7 +84,8 @@ def _key(rows: Sequence[str], row: int) -> str:
         return ""
     headers = (found[1] for above in reversed(rows[:row]) if (found := _HEADER.match(above)))
     section = next(headers, "")
-    return f"{section}.{pair['key']}" if section else pair["key"]
+    key = f"{section}.{pair['key']}" if section else pair["key"]
+    return key if len(key) <= MAX_KEY_CHARS else ""
 
 
 def _mended(row: str) -> str:
@@ -97,6 +99,8 @@ def _hint(row: str, error: tomli.TOMLDecodeError, secrets: Collection[str]) -> s
     if error.msg.startswith("Cannot declare"):
         return "this section stands above already; its keys belong there"
     pair = _PAIR.fullmatch(row)
+    if len(row) > MAX_KEY_CHARS * 3:
+        return ""
     if pair is None:
         missing = _MISSING_EQUALS.fullmatch(row)
         return f"a key is set like this: {missing['key']} = ..." if missing and not _HEADER.match(row) else ""

@@ -49,13 +49,13 @@ class ApiSettings(Struct, frozen=True, kw_only=True):
 
     url: Annotated[str, Origin()] = "https://api.ngrok.com"
     key: Annotated[Secret, Hidden(live=True)] = Secret("")
-    key_file: Annotated[str, Path(optional=True, live=True)] = ""
-    ca_file: Annotated[str, Path(optional=True)] = ""
+    key_file: Annotated[str, Path(optional=True, live=True, private=True)] = ""
+    ca_file: Annotated[str, Path(optional=True, live=True)] = ""
     poll_interval_s: Annotated[float, Duration(low=1.0, high=86400.0, live=True)] = field(
         name="poll_interval", default=30.0
     )
-    timeout_s: Annotated[float, Duration(low=1.0, high=600.0)] = field(name="timeout", default=30.0)
-    selectors: Annotated[tuple[str, ...], Texts(example='["true"]')] = ("true",)
+    timeout_s: Annotated[float, Duration(low=1.0, high=600.0, live=True)] = field(name="timeout", default=30.0)
+    selectors: Annotated[tuple[str, ...], Texts(example='["true"]', live=True)] = ("true",)
 
 
 class IngressSettings(Struct, frozen=True, kw_only=True):
@@ -64,7 +64,9 @@ class IngressSettings(Struct, frozen=True, kw_only=True):
     address: Annotated[str, Address(default_port=INGRESS_PORT, live=True)] = ""  # as HOST:PORT, or ""
     ca_file: Annotated[str, Path(optional=True, live=True)] = ""
     ca_fingerprints: Annotated[tuple[str, ...], Fingerprints(live=True)] = (NGROK_CA_FINGERPRINT,)
-    connect_timeout_s: Annotated[float, Duration(low=0.1, high=120.0)] = field(name="connect_timeout", default=10.0)
+    connect_timeout_s: Annotated[float, Duration(low=0.1, high=120.0, live=True, only_new=True)] = field(
+        name="connect_timeout", default=10.0
+    )
 
 
 class StateSettings(Struct, frozen=True, kw_only=True):
@@ -91,28 +93,30 @@ class NetSettings(Struct, frozen=True, kw_only=True):
 class PoolSettings(Struct, frozen=True, kw_only=True):
     """[pool]: connections to the ingress that are ready before somebody needs them."""
 
-    max: Annotated[int, Count(low=0, high=10_000)] = 128
-    max_age_s: Annotated[float, Duration(low=1.0, high=86400.0)] = field(name="max_age", default=300.0)
-    idle: Annotated[int, Count(low=0, high=10_000)] = 2
+    max: Annotated[int, Count(low=0, high=10_000, live=True)] = 128
+    max_age_s: Annotated[float, Duration(low=1.0, high=86400.0, live=True)] = field(name="max_age", default=300.0)
+    idle: Annotated[int, Count(low=0, high=10_000, live=True)] = 2
 
 
 class LimitSettings(Struct, frozen=True, kw_only=True):
     """[limits]: what one machine's apps, or a stranger, may cost us."""
 
-    flows: Annotated[int, Count(low=1, high=1_000_000)] = 24000
-    half_open: Annotated[int, Count(low=1, high=1_000_000)] = 1024
-    undecided: Annotated[int, Count(low=1, high=1_000_000)] = 1024
-    dials: Annotated[int, Count(low=1, high=10_000)] = 64
-    buffer_bytes: Annotated[int, Size(low=64 << 10, high=64 << 20)] = field(name="buffer", default=512 << 10)
-    buffers_bytes: Annotated[int, Size(low=1 << 20, high=64 << 30)] = field(name="buffers", default=256 << 20)
-    endpoints: Annotated[int, Count(low=1, high=16_777_213)] = 65533
+    flows: Annotated[int, Count(low=1, high=1_000_000, live=True, only_new=True)] = 24000
+    half_open: Annotated[int, Count(low=1, high=1_000_000, live=True, only_new=True)] = 1024
+    undecided: Annotated[int, Count(low=1, high=1_000_000, live=True, only_new=True)] = 1024
+    dials: Annotated[int, Count(low=1, high=10_000, live=True, only_new=True)] = 64
+    buffer_bytes: Annotated[int, Size(low=64 << 10, high=64 << 20, live=True)] = field(name="buffer", default=512 << 10)
+    buffers_bytes: Annotated[int, Size(low=1 << 20, high=64 << 30, live=True)] = field(
+        name="buffers", default=256 << 20
+    )
+    endpoints: Annotated[int, Count(low=1, high=16_777_213, live=True)] = 65533
 
 
 class HostsSettings(Struct, frozen=True, kw_only=True):
     """[hosts]: the hosts file."""
 
-    enabled: Annotated[bool, Flag()] = True
-    path: Annotated[str, Path()] = "/etc/hosts"
+    enabled: Annotated[bool, Flag(live=True)] = True
+    path: Annotated[str, Path(live=True)] = "/etc/hosts"
 
 
 class ControlSettings(Struct, frozen=True, kw_only=True):
@@ -125,7 +129,7 @@ class ControlSettings(Struct, frozen=True, kw_only=True):
 class HttpSettings(Struct, frozen=True, kw_only=True):
     """[http]: health checks over HTTP."""
 
-    listen: Annotated[str, Address(default_port=None, local=True)] = "127.0.0.1:8081"  # as HOST:PORT, or ""
+    listen: Annotated[str, Address(default_port=None, local=True, live=True)] = "127.0.0.1:8081"  # as HOST:PORT, or ""
 
 
 class LogSettings(Struct, frozen=True, kw_only=True):

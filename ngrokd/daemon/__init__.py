@@ -43,10 +43,17 @@ def run_daemon(
             LinuxMachine(),
             environ=environ,
             reload=lambda: config.load(config_path, environ, given),
+            watched=lambda running: watched_files(running, config_path, environ),
             log_control=log_control,
         )
         trio.run(daemon.run)
     return 0
+
+
+def watched_files(running: Settings, config_path: str | None, environ: Mapping[str, str]) -> list[str]:
+    """The files on which the configuration depends, existing or not. Raises ConfigError."""
+    named = (running.api.key_file, environ.get("NGROKD_API_KEY_FILE", ""), running.api.ca_file, running.ingress.ca_file)
+    return [*config.find_files(config_path, environ), *(path for path in named if path)]
 
 
 def raise_file_limit() -> None:

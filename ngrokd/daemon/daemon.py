@@ -27,8 +27,9 @@ import math
 import os
 import secrets
 import signal
+import ssl
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from ipaddress import IPv4Network
 from typing import Any, Final, Protocol, TextIO
@@ -42,6 +43,7 @@ from ngrokd.config import Settings
 from ngrokd.daemon.ipv6 import FIRST_KNOCK_S, KNOCK_PORT, KNOCK_S, Answer, Way
 from ngrokd.daemon.observing import Facts, Observing
 from ngrokd.daemon.pulse import Pulse
+from ngrokd.daemon.reload import Outcome, Reloader
 from ngrokd.daemon.shadows import flag_public_names
 from ngrokd.daemon.subnet6 import choose_twins
 from ngrokd.daemon.traffic import Traffic
@@ -51,12 +53,14 @@ from ngrokd.dataplane import (
     DataPlane,
     DataPlaneSettings,
     DeviceLost,
+    Limit,
     Plane,
     Reach,
     Report,
     Serve,
     Trust,
     Use,
+    limited,
 )
 from ngrokd.discovery import Discovery
 from ngrokd.endpoints import Secret
@@ -186,7 +190,8 @@ class Daemon:
         settings: the configuration.
         machine: see `Machine`.
         environ: where keys may come from, and the service manager's socket.
-        reload: reads the configuration again, for SIGHUP; raises ConfigError.
+        reload: reads the configuration again; raises ConfigError.
+        watched: the files on which it depends, looked at for changes; None: nobody looks.
         output: where the ready line goes.
         log_control: the installed log, to change its level live.
         strict: let a defect in a flow or a command rise instead of being survived, for tests.
@@ -199,6 +204,7 @@ class Daemon:
         *,
         environ: Mapping[str, str],
         reload: Callable[[], Settings] | None = None,
+        watched: Callable[[Settings], Sequence[str]] | None = None,
         output: TextIO | None = None,
         log_control: Log | None = None,
         strict: bool = False,
@@ -206,7 +212,8 @@ class Daemon:
         self.settings = settings
         self.machine = machine
         self._environ = environ
-        self._reload = reload
+        read = reload if reload is not None else lambda: settings
+        self.reloader = Reloader(settings, read, watched=watched, run_sync=machine.run_sync, wall=machine.wall)
         self._output = output if output is not None else sys.stdout
         self._log_control = log_control
         self._strict = strict
@@ -234,6 +241,11 @@ class Daemon:
         self._ingress_verified = False
         self._ingress_unproven = ""
         self._web: WebServer | None = None
+        self._web_listener: HttpListener | None = None
+        self._web_scope = trio.CancelScope()
+        self._nursery: trio.Nursery
+        self._trust: Trust | None = None
+        self._limit: Limit | None = None
         self.ready = trio.Event()
         self.events = Events(machine.wall)
         self.traffic = Traffic(self.events)
@@ -280,8 +292,10 @@ class Daemon:
             undo.callback(self.machine.restore)
             self._build(device, workers)
             control = undo.enter_context(ControlSocket(settings.control.socket, settings.control.group))
-            web = undo.enter_context(HttpListener(settings.http.listen)) if settings.http.listen else None
-            await self._serve(control, web)
+            undo.callback(self._close_web)
+            if settings.http.listen:
+                self._web_listener = HttpListener(settings.http.listen)
+            await self._serve(control)
 
     def stop(self) -> None:
         """Begin to stop; called again: stop at once."""
@@ -295,43 +309,36 @@ class Daemon:
         """Make the parts and hand each what it needs."""
         settings, machine = self.settings, self.machine
         subnet = IPv4Network(settings.net.subnet)
-        limits = settings.limits
         subnet6 = self._twins.subnet6 if self._twins is not None else None
+        self._limit = self._limits(settings)
         self.plane = self._make_plane(
             device,
             workers,
-            DataPlaneSettings(
-                stack=StackSettings(
-                    mtu=device.mtu,
-                    offload=device.offload,
-                    receive_buffer=limits.buffer_bytes,
-                    send_buffer=limits.buffer_bytes,
-                    small_buffer=limits.buffer_bytes // 2,
-                    max_flows=self._most_flows(),
-                    half_open=limits.half_open,
-                    undecided=limits.undecided,
-                    buffers=limits.buffers_bytes,
-                    gateway=subnet[1].packed,
-                    network=int(subnet.network_address),
-                    mask=int(subnet.netmask),
-                    gateway6=gateway(subnet6).packed if subnet6 else b"",
-                    network6=int(subnet6.network_address) if subnet6 else 0,
-                    mask6=int(subnet6.netmask) if subnet6 else 0,
+            limited(
+                DataPlaneSettings(
+                    stack=StackSettings(
+                        mtu=device.mtu,
+                        offload=device.offload,
+                        gateway=subnet[1].packed,
+                        network=int(subnet.network_address),
+                        mask=int(subnet.netmask),
+                        gateway6=gateway(subnet6).packed if subnet6 else b"",
+                        network6=int(subnet6.network_address) if subnet6 else 0,
+                        mask6=int(subnet6.netmask) if subnet6 else 0,
+                    ),
+                    secret=secrets.token_bytes(32),
+                    refused_networks=(settings.net.subnet, *([str(subnet6)] if subnet6 else [])),
+                    twins=self._twins,
+                    strict=self._strict,
                 ),
-                secret=secrets.token_bytes(32),
-                connect_timeout_s=settings.ingress.connect_timeout_s,
-                dials=limits.dials,
-                refused_networks=(settings.net.subnet, *([str(subnet6)] if subnet6 else [])),
-                pool=PoolSettings(settings.pool.max, settings.pool.max_age_s, settings.pool.idle),
-                twins=self._twins,
-                strict=self._strict,
+                self._limit,
             ),
         )
         api = NgrokApi(
             url=settings.api.url,
             key=lambda: self._key.value,
             connect=machine.connect,
-            ssl_context=api_ssl_context(_read_ca("api.ca_file", settings.api.ca_file) or None),
+            ssl_context=_api_context(settings),
             timeout_s=settings.api.timeout_s,
             user_agent=f"ngrokd/{__version__}",
             now=machine.wall,
@@ -372,7 +379,7 @@ class Daemon:
             started_at=self._started_wall,
         )
         self._control = ControlServer({**self.commands, **self.observing.commands()}, strict=self._strict)
-        self.plane.tell(self._anchors(settings))
+        self._tell_trust(self._anchors(settings))
         self._tell_sources()
 
     def _make_plane(self, device: Device, workers: int, settings: DataPlaneSettings) -> Plane:
@@ -383,9 +390,22 @@ class Daemon:
         log.info("%d workers carry connections, as user %d", workers, identity.uid if identity else os.geteuid())
         return WorkersPlane(as_queued(device), settings, workers, self._reported, spawn)
 
-    def _most_flows(self) -> int:
+    def _limits(self, settings: Settings) -> Limit:
+        limits, pool = settings.limits, settings.pool
+        return Limit(
+            flows=self._most_flows(settings),
+            half_open=limits.half_open,
+            undecided=limits.undecided,
+            buffer=limits.buffer_bytes,
+            buffers=limits.buffers_bytes,
+            dials=limits.dials,
+            connect_timeout_s=settings.ingress.connect_timeout_s,
+            pool=PoolSettings(pool.max, pool.max_age_s, pool.idle),
+        )
+
+    def _most_flows(self, settings: Settings) -> int:
         """As many as configured, but some descriptors are kept for API, control socket and files."""
-        wanted, possible = self.settings.limits.flows, max(1, self.machine.descriptors - RESERVED_DESCRIPTORS)
+        wanted, possible = settings.limits.flows, max(1, self.machine.descriptors - RESERVED_DESCRIPTORS)
         if possible < wanted:
             log.info("the limit of open files, %d, allows %d connections", self.machine.descriptors, possible)
         return min(wanted, possible)
@@ -394,17 +414,16 @@ class Daemon:
         self.plane.tell(Serve(directory))
         await self.plane.in_force()
 
-    async def _serve(self, control: ControlSocket, web: HttpListener | None) -> None:
+    async def _serve(self, control: ControlSocket) -> None:
         async with trio.open_nursery() as nursery:
+            self._nursery = nursery
             await nursery.start(self._run_plane)
             await nursery.start(self._control.serve, control)
-            if web is not None:
-                page = self.observing.page
-                self._web = WebServer(web.host, self.health, self.endpoint_health, page, strict=self._strict)
-                await nursery.start(self._web.serve, web)
+            await self._serve_web()
             nursery.start_soon(self.machine.watch, self._machine_changed)
             nursery.start_soon(self._replace_devices)
             nursery.start_soon(self._keep_watchdog)
+            nursery.start_soon(self.reloader.watch, self.reload)
             nursery.start_soon(self._pulse.run)
             nursery.start_soon(self.observing.keep_log_level)
             self._serving = True
@@ -421,6 +440,48 @@ class Daemon:
             self.plane.drain(0.0 if self._stop_now else self.settings.net.drain_s)
             await self._plane_ended.wait()
             nursery.cancel_scope.cancel()
+
+    async def _serve_web(self) -> None:
+        """Answer health checks where we listen now, if anywhere."""
+        listener = self._web_listener
+        if listener is None:
+            return
+        page, self._web_scope = self.observing.page, trio.CancelScope()
+        self._web = WebServer(listener.host, self.health, self.endpoint_health, page, strict=self._strict)
+        await self._nursery.start(self._run_web, self._web, listener, self._web_scope)
+
+    @staticmethod
+    async def _run_web(
+        server: WebServer, listener: HttpListener, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]
+    ) -> None:
+        with scope:
+            await server.serve(listener, task_status=task_status)
+
+    def _close_web(self) -> None:
+        self._web_scope.cancel()
+        if self._web_listener is not None:
+            self._web_listener.close()
+        self._web = self._web_listener = None
+
+    async def _move_web(self, listen: str) -> None:
+        """Answer health checks there from now on, nowhere for "". Raises NgrokdError; then it is as it was."""
+        ours = self._web_listener
+        try:
+            listener = HttpListener(listen) if listen else None
+        except TakenError:
+            if ours is None or config.split_address(listen, None, zero=True)[1] != ours.port:
+                raise
+            # It is we who have that port, on another address.
+            self._close_web()
+            try:
+                listener = HttpListener(listen)
+            except NgrokdError:
+                self._web_listener = HttpListener(config.join_address(ours.host, ours.port))
+                await self._serve_web()
+                raise
+        self._close_web()
+        self._web_listener = listener
+        await self._serve_web()
 
     async def _name_endpoints(self) -> None:
         """Keep this machine's names as ngrok lists them, until it is time to stop."""
@@ -557,7 +618,7 @@ class Daemon:
                 elif self._serving:
                     # A wrong configuration has been logged, and the old one goes on.
                     with contextlib.suppress(NgrokdError):
-                        await self._reload_command([], None)
+                        await self.reload()
 
     # What the data plane reports
 
@@ -597,6 +658,12 @@ class Daemon:
                     delay = min(delay * 2, 5.0)
 
     # What the data plane is told
+
+    def _tell_trust(self, trust: Trust) -> None:
+        """Only what is new: connections that are ready are dropped when anchors change."""
+        if trust != self._trust:
+            self._trust = trust
+            self.plane.tell(trust)
 
     def _tell_sources(self) -> None:
         self.plane.tell(Accept(self.machine.addresses(), self.settings.net.allow_sources))
@@ -756,36 +823,55 @@ class Daemon:
                 log.warning("%s", text)
 
     async def _reload_command(self, _arguments: list[str], _peer: Peer | None) -> dict[str, object]:
-        """Read the configuration again. A wrong one changes nothing."""
-        if self._reload is None:
-            raise ControlError("this daemon has no configuration to read again")
+        outcome = await self.reload()
+        return {
+            "changed": list(outcome.changed),
+            "live": list(outcome.live),
+            "new_flows": list(outcome.new_flows),
+            "needs_restart": list(outcome.needs_restart),
+        }
+
+    async def reload(self) -> Outcome:
+        """Read the configuration again. Raises NgrokdError for one that is wrong, which changes nothing."""
         self._notifier.reloading()
         try:
-            fresh = self._reload()
-            merged = config.merge_live(self.settings, fresh)
-            anchors = self._anchors(merged)
-        except ConfigError as error:
+            outcome = await self.reloader.reload(self._apply)
+        except NgrokdError as error:
             for line in str(error).splitlines():
                 self.events.emit("config.refused", f"the configuration was not reloaded: {line}", reason=line)
             raise
         finally:
             self._notifier.ready()
-        live, restart = config.reloadable(self.settings, fresh)
-        self.settings = self.discovery.settings = merged
-        if self._log_control is not None:
-            self._log_control.set_level(self.settings.log.level)
-            self.observing.usual_level = self.settings.log.level
-            self._log_control.set_format(self.settings.log.format)
-        self._find_key()
-        self.plane.tell(anchors)
-        self._tell_sources()
-        self._resolve_now.set()
-        self.discovery.poke()
-        text = f"configuration reloaded; changed: {', '.join(live) or 'nothing'}"
-        self.events.emit("config.reloaded", text, changed=list(live), needs_restart=list(restart))
+        text = f"configuration reloaded; changed: {', '.join(outcome.changed) or 'nothing'}"
+        changed, restart = list(outcome.changed), list(outcome.needs_restart)
+        self.events.emit("config.reloaded", text, changed=changed, needs_restart=restart)
         if restart:
             log.warning("these changes need a restart: %s", ", ".join(restart))
-        return {"changed": list(live), "needs_restart": list(restart)}
+        return outcome
+
+    async def _apply(self, settings: Settings, outcome: Outcome) -> None:
+        """Let this configuration hold, of which only live keys differ. What can fail comes first."""
+        anchors, context = self._anchors(settings), _api_context(settings)
+        if "http.listen" in outcome.live:
+            await self._move_web(settings.http.listen)
+        for warning in settings.warnings:
+            if warning not in self.settings.warnings:
+                log.warning("%s", warning)
+        self.settings = settings
+        if self._log_control is not None and {"log.level", "log.format"} & {*outcome.live}:
+            self._log_control.set_level(settings.log.level)
+            self.observing.usual_level = settings.log.level
+            self._log_control.set_format(settings.log.format)
+        self._find_key()
+        self._api.configure(context, settings.api.timeout_s)
+        self._tell_trust(anchors)
+        self._tell_sources()
+        limit = self._limits(settings)
+        if limit != self._limit:
+            self._limit = limit
+            self.plane.tell(limit)
+        self._resolve_now.set()
+        await self.discovery.configure(settings)
 
     # What it says of itself
 
@@ -808,10 +894,20 @@ class Daemon:
         """What is wrong now, although we serve: a line each."""
         known = self.discovery.known
         full = "names have no address, because the subnet is full" if known.desired.without_address else ""
-        api, files_here = [known.problem, known.renewal_problem], [known.hosts_problem, known.state_problem]
+        api = [known.problem, known.renewal_problem, known.selectors_problem]
+        files_here = [known.hosts_problem, known.state_problem]
         network = [self._network_problem or self.machine.problem, self.plane.problem]
-        found = [*api, self._ingress_problem, *files_here, full, *network]
+        found = [*api, self._ingress_problem, *files_here, full, *network, self._config_problem]
         return [problem for problem in found if problem]
+
+    @property
+    def _config_problem(self) -> str:
+        problem = self.reloader.problem
+        if not problem:
+            return ""
+        first, *more = problem.splitlines()
+        others = f" (and {len(more)} more)" if more else ""
+        return f"the configuration is invalid since {_when(self.reloader.problem_since)}: {first}{others}"
 
     def conditions(self) -> tuple[Condition, ...]:
         """What must be so for connections to be likely to work, and whether it is."""
@@ -882,6 +978,7 @@ class Daemon:
                 "tried_at": _when(known.tried_at),
                 "problem": known.problem,
                 "remedy": known.remedy,
+                "selectors_problem": known.selectors_problem,
             },
             "certificate": {
                 "not_before": _when(credentials.not_before if credentials else 0),
@@ -913,6 +1010,11 @@ class Daemon:
             "counters": {name: count for name, count in self.plane.counters().items() if "#" not in name},
             "conditions": {each.name: {"ok": each.holds, "message": each.message} for each in self.conditions()},
             "paused": self.observing.paused,
+            "config": {
+                **self.reloader.describe(),
+                "loaded_at": _when(self.reloader.loaded_at),
+                "invalid_since": _when(self.reloader.problem_since),
+            },
         }
 
 
@@ -937,6 +1039,11 @@ def state_lock(directory: str) -> Iterator[None]:
 def _when(wall: float) -> str | None:
     """RFC 3339 in UTC, whole seconds; None for 0, which stands for never."""
     return format_time(wall) if 0 < wall < math.inf else None
+
+
+def _api_context(settings: Settings) -> ssl.SSLContext:
+    """How the API is verified. Raises ConfigError."""
+    return api_ssl_context(_read_ca("api.ca_file", settings.api.ca_file) or None)
 
 
 def _read_ca(key: str, path: str) -> bytes:

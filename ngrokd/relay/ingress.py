@@ -180,6 +180,14 @@ class Ingress:
         self._changed()
         return used
 
+    def set_limits(self, connect_timeout_s: float, dials: int, pool: PoolSettings) -> None:
+        """Take so long and so many from now on, as when it was made. Dials that are under way go on."""
+        self._connect_timeout_s = connect_timeout_s
+        self._slots.total_tokens = dials
+        self._settings = pool
+        self._stock.set_settings(pool)
+        self._pool.wake()
+
     def _changed(self) -> None:
         """Drop what would be made otherwise now, and try again what has failed."""
         self._stock.note_change()

@@ -95,6 +95,10 @@ class Stock:
 
     # -- what it is told
 
+    def set_settings(self, settings: PoolSettings) -> None:
+        """Keep to other bounds from now on."""
+        self._settings = settings
+
     def note_request(self, now: float) -> None:
         """Somebody wants a connection."""
         self._last_request = now

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Final
 
 from ngrokd.config import MOST_AUTO_WORKERS
-from ngrokd.dataplane import DataPlaneSettings
+from ngrokd.dataplane import DataPlaneSettings, Limit
 
 MOST_WORKERS: Final = 64  # more would carry nothing faster; the kernel allows 256 queues
 
@@ -46,6 +46,23 @@ def divide(settings: DataPlaneSettings, workers: int) -> DataPlaneSettings:
         ),
         dials=share(settings.dials),
         pool=replace(pool, max=share(pool.max), idle=share(pool.idle)),
+    )
+
+
+def divide_limit(limit: Limit, workers: int) -> Limit:
+    """What each of so many workers may have of it."""
+
+    def share(whole: int) -> int:
+        return -(-whole // workers)
+
+    return replace(
+        limit,
+        flows=share(limit.flows),
+        half_open=share(limit.half_open),
+        undecided=share(limit.undecided),
+        buffers=share(limit.buffers),
+        dials=share(limit.dials),
+        pool=replace(limit.pool, max=share(limit.pool.max), idle=share(limit.pool.idle)),
     )
 
 

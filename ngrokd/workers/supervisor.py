@@ -46,6 +46,7 @@ from ngrokd.dataplane import (
     DataPlaneSettings,
     DeviceLost,
     FlowInfo,
+    Limit,
     Order,
     RecordOrder,
     Report,
@@ -61,7 +62,7 @@ from ngrokd.relay.handler import CLOSED, CUT, OPENED, FlowEvent
 from ngrokd.relay.ingress import Probe
 from ngrokd.relay.trust import Trust as Anchors
 from ngrokd.relay.trust import pinned_certificates
-from ngrokd.workers.merge import add_counters, add_pools, divide, lasting
+from ngrokd.workers.merge import add_counters, add_pools, divide, divide_limit, lasting
 from ngrokd.workers.messages import (
     ENTRIES,
     AskCounts,
@@ -428,6 +429,9 @@ class WorkersPlane:
         """Tell all workers, now and when they start. Raises BadCredentials; then what holds stays."""
         if isinstance(order, Use):
             Anchors().set_credentials(order.credentials)
+        if isinstance(order, Limit):
+            self._settings = replace(self._settings, connect_timeout_s=order.connect_timeout_s)
+            order = divide_limit(order, self._count)
         self._put(order)
 
     def _put(self, order: Order) -> None:

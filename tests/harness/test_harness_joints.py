@@ -247,7 +247,7 @@ async def test_a_reload_brings_the_key_that_was_waited_for(world: World, autojum
         await trio.sleep(1)
         assert daemon.state == "waiting_for_key"
         path = world.lab.write_config(world.directory, settings={"hosts": {"path": str(world.hosts)}})
-        daemon._reload = lambda: config.load(str(path), {})
+        daemon.reloader.read = lambda: config.load(str(path), {})
 
         assert isinstance(daemon.machine, Machine)
         daemon.machine.kill(signal.SIGHUP)
@@ -263,7 +263,7 @@ async def test_a_reload_that_cannot_be_carried_out_changes_nothing(world: World,
         before = daemon.settings
         sections = {"ingress": {"ca_file": str(world.directory / "missing.pem")}, "net": {"drain": "9s"}}
         path = world.lab.write_config(world.directory, settings=sections)
-        daemon._reload = lambda: config.load(str(path), {})
+        daemon.reloader.read = lambda: config.load(str(path), {})
 
         with pytest.raises(NgrokdError, match=r"missing\.pem"):
             await daemon.commands["reload"].handler([], ROOT)

@@ -40,6 +40,29 @@ def opened(stack: Stack, port: int, source: bytes = LOCAL, now: float = 1.0) -> 
     return flow
 
 
+def test_limits_change_while_flows_live() -> None:
+    """Those beyond a smaller limit go on; new ones are refused, or may come again where there is more room."""
+    stack = new_stack(StackSettings(max_flows=3, undecided=30, receive_buffer=1 << 20))
+    flows = [opened(stack, port) for port in (1000, 1001, 1002)]
+
+    stack.set_limits(StackSettings(max_flows=2, undecided=3, buffers=1 << 20, receive_buffer=1 << 16))
+    send(stack, 1003, SYN)
+
+    assert stack.drops == {"flow_limit": 1}
+    assert all(not flow.closed for flow in flows)
+    assert stack._host.budget.receive_cap == 1 << 16
+    assert stack._host.budget.limit == 1 << 20
+
+    stack.set_limits(StackSettings(max_flows=100, undecided=3))
+    for port in range(2000, 2010):
+        send(stack, port, SYN)
+    assert stack.undecided_count <= 3
+    stack.set_limits(StackSettings(max_flows=100, undecided=30))
+    for port in range(2000, 2010):
+        send(stack, port, SYN, now=2.5)
+    assert stack.undecided_count == 10
+
+
 @pytest.mark.scenario("tcp_listen_backlog")
 def test_undecided_requests_are_bounded() -> None:
     """Beyond the limit a SYN is dropped, not refused: its app tries again, and gets a place when there is one."""

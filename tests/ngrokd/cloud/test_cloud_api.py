@@ -188,7 +188,12 @@ async def test_registration_is_the_go_daemons() -> None:
         operator = await server.api().register(b"CSR\n", ["endpoint.url.contains('x')"])
 
     assert operator == Operator(
-        "k8sop_1", CERTIFICATE.encode(), "kubernetes-binding-ingress.ngrok.io:443", 1767225600.0, 1775001600.123456
+        "k8sop_1",
+        CERTIFICATE.encode(),
+        "kubernetes-binding-ingress.ngrok.io:443",
+        1767225600.0,
+        1775001600.123456,
+        ("true",),
     )
     (request,) = server.requests
     assert (request.method, request.target) == ("POST", "/kubernetes_operators")
@@ -1144,3 +1149,24 @@ async def test_key_is_in_no_text() -> None:
             texts.append("".join(traceback.format_exception(caught.value)))
 
     assert not any(KEY in text for text in texts)
+
+
+async def test_other_selectors_are_sent_by_themselves() -> None:
+    """A certificate belongs to a request of its own."""
+    async with served(operator_answer()) as server:
+        await server.api().select("k8sop_1", ["a", "b"])
+
+    (request,) = server.requests
+    assert (request.method, request.target) == ("PATCH", "/kubernetes_operators/k8sop_1")
+    assert json.loads(request.body) == {"binding": {"endpoint_selectors": ["a", "b"]}}
+
+
+@pytest.mark.parametrize("told", [None, "true", [1], {"a": 1}, [["x"]]])
+async def test_selectors_of_another_form_are_none_at_all(told: object) -> None:
+    """They are only compared; an operator is not refused for them."""
+    answer = json.loads(operator_answer().body)
+    answer["binding"]["endpoint_selectors"] = told
+    async with served(Response.json(200, answer)) as server:
+        operator = await server.api().get_operator("k8sop_1")
+
+    assert operator.selectors == ()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from ngrokd.dataplane import DataPlane, DataPlaneSettings
+from ngrokd.dataplane import DataPlane, DataPlaneSettings, Limit, limited
 from ngrokd.relay.stock import PoolSettings
 from ngrokd.relay.transport import Transport
-from ngrokd.workers.merge import add_counters, add_pools, count_workers, divide, lasting
+from ngrokd.workers.merge import add_counters, add_pools, count_workers, divide, divide_limit, lasting
 from tun import StackSettings
 from tun.testing.memory import memory_pair
 
@@ -42,6 +42,13 @@ def test_limits_are_divided_and_none_becomes_nothing() -> None:
     assert (share.dials, share.pool) == (22, PoolSettings(43, 60, 1))
     assert share.stack.receive_buffer == SETTINGS.stack.receive_buffer, "that is of one flow"
     assert divide(SETTINGS, 1) == SETTINGS
+
+
+def test_limits_that_change_are_divided_alike() -> None:
+    """A worker that starts later is told the same, whichever of the two it heard of first."""
+    order = Limit(100, 10, 10, 1 << 16, 1 << 20, 1, 5.0, PoolSettings(9, 60.0, 2))
+
+    assert limited(divide(SETTINGS, 3), divide_limit(order, 3)) == divide(limited(SETTINGS, order), 3)
 
 
 def test_no_pool_stays_no_pool() -> None:
