@@ -100,7 +100,7 @@ def test_the_installation_is_roots_alone_and_everybodys_to_read(installed: Names
     for search in (writable, foreign, unreadable):
         assert installed.run(search).stdout == ""
 
-    assert installed.run(["ls", "/opt/ngrokd"]).stdout.split() == ["ngrokd.toml", "venv"]
+    assert installed.run(["ls", "/opt/ngrokd"]).stdout.split() == ["ngrokd.schema.json", "ngrokd.toml", "venv"]
     assert installed.run(["sh", "-c", "ls /opt/ngrokd/venv/bin | grep pip"], check=False).stdout == ""
 
 
@@ -143,7 +143,7 @@ def test_readme_leads_from_nothing_to_a_name_that_works(installed: Namespace, tm
 
     assert said == "API key set successfully\n"
     daemon.expect(r"^\[ready\] ngrokd .* endpoints=7 ", timeout=10)
-    assert re.search(r"^http://hello\.demo +10\.107\.0\.\d+:80$", sudo(installed, show), re.MULTILINE)
+    assert re.search(r"^http://hello\.demo +10\.107\.0\.\d+:80\b", sudo(installed, show), re.MULTILINE)
     assert "lab" in installed.run([*NOBODY, "curl", "-sS", "--max-time", "10", "http://hello.demo/"]).stdout
     stop(daemon)
     assert "demo" not in installed.read_file("/etc/hosts")
@@ -171,10 +171,11 @@ def test_two_daemons_side_by_side_as_readme_shows_them(installed: Namespace, tmp
 
     for number in (1, 2):
         rows = sudo(installed, show[1].replace("ngrokd1", f"ngrokd{number}")).splitlines()[1:]
-        assert [row.split() for row in rows] == [[f"http://hello.n{number}", f"10.{106 + number}.0.2:80"]]
+        assert [row.split()[:2] for row in rows] == [[f"http://hello.n{number}", f"10.{106 + number}.0.2:80"]]
         curl = ["curl", "-sS", "--max-time", "10", f"http://hello.n{number}/"]
         assert "lab" in installed.run(curl).stdout
-        installed.run(["curl", "-sSf", "--max-time", "10", f"http://127.0.0.1:{8080 + number}/ready"])
+        ready = f"http://127.0.0.1:{8080 + number}/ready"
+        installed.run(["curl", "-sSf", "--retry", "9", "--retry-delay", "1", "--max-time", "10", ready])
     stop(daemons[0])
     assert "lab" in installed.run(["curl", "-sS", "--max-time", "10", "http://hello.n2/"]).stdout
     stop(daemons[1])
@@ -254,3 +255,39 @@ def test_a_user_is_told_to_use_sudo(installed: Namespace, target: str) -> None:
 
     assert refused.returncode != 0
     assert f"run it as root: sudo make {target}" in refused.stderr
+
+
+def test_the_script_leaves_nothing_when_it_is_told_so(installed: Namespace) -> None:
+    """Not the service, not what a killed daemon left, not the state; and what it did not make stays."""
+    paths = ("/opt", "/usr/local", "/etc", "/run")
+    installed.run(["cp", "-a", "/opt/ngrokd", "/opt/kept"])
+    before = set(tree(installed, *paths))
+    network = installed.run(["ip", "route", "show", "table", "all"]).stdout
+    try:
+        said = installed.run(["sudo", "ngrokd", "service", "install"]).stdout
+        daemon = installed.start(["/opt/ngrokd/venv/bin/ngrokd", "run"])
+        daemon.expect("no API key yet", stream="stderr")
+        busy = installed.run(["sudo", "./install.sh", "uninstall"], check=False)
+        daemon.kill()
+        daemon.wait(timeout=5)
+        assert "unreachable 10.107.0.0/16" in installed.run(["ip", "route"]).stdout
+
+        installed.run(["sudo", "./install.sh", "uninstall", "--purge"])
+
+        assert "ngrokd.service" in said
+        assert busy.returncode == 73
+        assert f"process {daemon.pid}" in busy.stderr
+        left = set(tree(installed, *paths))
+        assert {path for path in left - before if not path.startswith("/run/.layers/")} == set()
+        gone = {path for path in before - left if not path.startswith(("/opt/ngrokd", "/run/.layers/"))}
+        assert gone <= {
+            "/usr/local/bin/ngrokd",
+            "/usr/local/bin/ngrokctl",
+            "/etc/ngrokd",
+        }
+        assert installed.run(["ip", "route", "show", "table", "all"]).stdout == network
+    finally:
+        installed.run(["rm", "-rf", "/opt/ngrokd", "/etc/ngrokd"])
+        installed.run(["mv", "/opt/kept", "/opt/ngrokd"])
+        for name in ("ngrokd", "ngrokctl"):
+            installed.run(["ln", "-sfn", f"/opt/ngrokd/venv/bin/{name}", f"/usr/local/bin/{name}"])
