@@ -375,6 +375,33 @@ def test_options_end_where_their_header_ends(stack: Stack, options: bytes) -> No
     assert stack.drops == {"ip_options": 2}
 
 
+@pytest.mark.rule(7)
+@pytest.mark.parametrize("limit", [0, 1, 255])
+def test_the_hop_limit_does_not_matter(stack: Stack, limit: int) -> None:
+    """We are the destination, not a router (RFC 8200 3 has a host take whatever is left)."""
+    assert give(stack, ip(hlim=limit) / syn()) == []
+    assert len(stack.take_requests()) == 1
+
+
+@pytest.mark.rule(8)
+def test_what_we_send_has_no_extension_headers(stack: Stack) -> None:
+    """Nothing to be fragmented, no label, a hop limit of 64: in refusals, errors, echoes and segments alike."""
+    said = give(stack, ip() / syn(port=80))
+    said += give(stack, ip() / UDP(dport=2) / Raw(b"x"))
+    said += give(stack, ip() / ICMPv6EchoRequest(data=b"x"))
+    said += give(stack, ip(nh=132) / Raw(b"x"))
+    give(stack, ip() / syn())
+    (flow,) = stack.take_requests()
+    stack.accept(flow, 1.0)
+    wire = Wire()
+    stack.flush(flow, wire, 1.0)
+    said += [packet for packet, _ in wire.sent]
+
+    assert len(said) == 5
+    assert {(packet.tc, packet.fl, packet.hlim) for packet in said} == {(0, 0, 64)}
+    assert {packet.nh for packet in said} == {6, 58}
+
+
 @pytest.mark.rule(5)
 def test_known_chains_are_walked(stack: Stack) -> None:
     chain = IPv6ExtHdrHopByHop() / IPv6ExtHdrDestOpt() / IPv6ExtHdrRouting(segleft=0) / IPv6ExtHdrDestOpt()
