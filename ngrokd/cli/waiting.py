@@ -15,6 +15,7 @@ from ngrokd.cli.output import clean, print_lines
 from ngrokd.errors import Exit, NgrokdError, NotRunningError
 
 LOOK_S: Final = 0.2
+LEISURE: Final = 4  # times as long as a look took: one at tens of thousands of endpoints costs the daemon something
 
 
 @command("wait")
@@ -38,13 +39,15 @@ def wait(context: Context, what: str, name: str | None, timeout: str) -> int:
     begun = time.monotonic()
     deadline = begun + parse_time(timeout)
     while True:
+        looked_at = time.monotonic()
         try:
             missing = _missing(context, name)
         except NotRunningError as error:
             missing = str(error)
-        if not missing or time.monotonic() >= deadline:
+        now = time.monotonic()
+        if not missing or now >= deadline:
             break
-        time.sleep(min(LOOK_S, max(0.0, deadline - time.monotonic())))
+        time.sleep(min(max(LOOK_S, LEISURE * (now - looked_at)), deadline - now))
     waited = round(time.monotonic() - begun, 3)
     if context.as_json:
         context.print_document({"for": name or what, "ok": not missing, "waited_s": waited, "missing": missing})

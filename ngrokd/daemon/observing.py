@@ -21,6 +21,8 @@ from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from heapq import nlargest
+from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -51,9 +53,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("ngrokd.daemon")
 
 LOOK_S: Final = 0.2  # how often those who follow something look whether there is more
-EVENTS_AT_ONCE: Final = 512
+EVENTS_AT_ONCE: Final = 128
 TOP_ROWS: Final = 1000
-ROWS_AT_ONCE: Final = 500  # made between two turns of the loop
+ROWS_AT_ONCE: Final = 256  # made between two turns of the loop
+SERVICES_AT_ONCE: Final = 4096
+NEAR_NAMES: Final = 10_000  # among which a mistyped one is looked for
 LEVELS: Final = ("debug", "info", "warning", "error")
 LONGEST_S: Final = 86_400.0
 
@@ -170,13 +174,15 @@ class Observing:
             flows = await self._plane.flows()
             now, fresh = trio.current_time(), self._plane.counters()
             took = max(now - looked_at, 1e-3)
-            rates = {
-                flow.number: _rate(flow, before.get(flow.number, (0, 0) if flow.age_s < took else None), took)
-                for flow in flows
-            }
-            shown = sorted(flows, key=lambda flow: (-sum(rates[flow.number]), -flow.number))[:most]
-            owners = await self._owners(shown)
-            rows = [_row(flow, owners) | _rate_fields(rates[flow.number]) for flow in shown]
+            busiest: list[tuple[float, int, FlowInfo, tuple[float, float]]] = []
+            for at in range(0, len(flows), ROWS_AT_ONCE):
+                for flow in flows[at : at + ROWS_AT_ONCE]:
+                    rate = _rate(flow, before.get(flow.number, (0, 0) if flow.age_s < took else None), took)
+                    busiest.append((sum(rate), flow.number, flow, rate))
+                busiest = nlargest(most, busiest)
+                await trio.lowlevel.checkpoint()
+            owners = await self._owners([flow for _, _, flow, _ in busiest])
+            rows = (_row(flow, owners) | _rate_fields(rate) for _, _, flow, rate in busiest)
             frame = {
                 "time": format_time(self._machine.wall()),
                 "interval_s": 0.0 if first else round(took, 3),
@@ -186,7 +192,7 @@ class Observing:
                 "total": len(flows),
                 **_per_second(figures(counters, fresh), 0.0 if first else took),
                 "pool_ready": fresh.get("pool.ready", 0),
-                "flows": iter(rows),
+                "flows": rows,
             }
             first = False
             before = {flow.number: (flow.bytes_from_app, flow.bytes_to_app) for flow in flows}
@@ -265,7 +271,7 @@ class Observing:
         options = _Options(arguments, "endpoint", "address", "port", "snaplen", "count", "duration")
         addresses, ports = [*options.texts("address")], [_number("port", each) for each in options.texts("port")]
         for text in options.texts("endpoint"):
-            named, port = self._addresses(text)
+            named, port = await self._addresses(text)
             addresses += named
             ports += [port] if port else []
         order = RecordOrder(
@@ -304,7 +310,7 @@ class Observing:
 
     async def _probe(self, arguments: list[str], _peer: Peer) -> dict[str, object]:
         """Go the whole way to an endpoint once."""
-        service = self._find(_Options(arguments, "endpoint").text("endpoint", ""))
+        service = await self._find(_Options(arguments, "endpoint").text("endpoint", ""))
         endpoint = service.endpoint
         probe = await self._plane.probe(endpoint.host, endpoint.port)
         return {
@@ -342,31 +348,26 @@ class Observing:
 
     # Names
 
-    def _addresses(self, text: str) -> tuple[list[str], int]:
+    async def _addresses(self, text: str) -> tuple[list[str], int]:
         """The addresses of an endpoint, and its port where one was named."""
-        service = self._find(text)
+        service = await self._find(text)
         named = [str(service.address)]
         if self._twins is not None:
             named.append(str(self._twins.of(service.address)))
         _, port = _host_and_port(text)
         return named, port
 
-    def _find(self, text: str) -> Service:
+    async def _find(self, text: str) -> Service:
         """The service that somebody means by a URL, HOST:PORT, HOST, address or id. Raises ControlError."""
         if not text:
             raise ControlError("which endpoint?", code=Exit.USAGE, remedy="see: ngrokd list")
         services = self._discovery.known.desired.services
-        host, port = _host_and_port(text)
-        for service in services:
-            endpoint = service.endpoint
-            if text in (endpoint.url, endpoint.id):
-                return service
-            if host in (endpoint.host, str(service.address)) and port in (0, endpoint.port):
-                return service
-        names = {service.endpoint.host for service in services}
-        near = get_close_matches(host, list(names)[:10_000], n=1)
-        said = f"no endpoint {printable(text)} is served here" + (f" (did you mean {near[0]}?)" if near else "")
-        raise ControlError(said, remedy="see: ngrokd list")
+        service, near = await self._machine.run_sync(find_service, services, text)
+        if service is None:
+            said = f"no endpoint {printable(text)} is served here" + (f" (did you mean {near}?)" if near else "")
+            raise ControlError(said, remedy="see: ngrokd list")
+        found: Service = service
+        return found
 
     # Metrics
 
@@ -374,16 +375,18 @@ class Observing:
         """The page at /metrics."""
         await self._plane.in_force()  # so that its numbers are of now
         process: ProcessFigures = await self._machine.run_sync(_look_at_process)
-        return render(families(self._situation(process)))
+        states = {"online": 0, "degraded": 0, "unknown": 0}
+        for number, service in enumerate(self._discovery.known.desired.services):
+            states[self._traffic.of(service.endpoint.host, service.endpoint.port).state] += 1
+            if number % SERVICES_AT_ONCE == SERVICES_AT_ONCE - 1:
+                await trio.lowlevel.checkpoint()
+        return render(families(self._situation(process, states)))
 
     async def _metrics(self, _arguments: list[str], _peer: Peer) -> dict[str, object]:
         return {"page": await self.page()}
 
-    def _situation(self, process: ProcessFigures) -> Situation:
+    def _situation(self, process: ProcessFigures, states: Mapping[str, int]) -> Situation:
         known, counters, control = self._discovery.known, self._plane.counters(), self._log
-        states = {"online": 0, "degraded": 0, "unknown": 0}
-        for service in known.desired.services:
-            states[self._traffic.of(service.endpoint.host, service.endpoint.port).state] += 1
         target = self._plane.describe_pool().get("target", 0)
         return Situation(
             version=__version__,
@@ -408,6 +411,22 @@ class Observing:
             log_suppressed=control.suppressed if control is not None else 0,
             process=process,
         )
+
+
+def find_service(services: Sequence[Service], text: str) -> tuple[Service | None, str]:
+    """Whom somebody means by a URL, HOST:PORT, HOST, address or id; and, if nobody, a name that is like it or ""."""
+    host, port = _host_and_port(text)
+    address = None
+    with contextlib.suppress(ValueError):
+        address = IPv4Address(host)
+    for service in services:
+        endpoint = service.endpoint
+        if text in (endpoint.url, endpoint.id):
+            return service, ""
+        if (host == endpoint.host or address == service.address) and port in (0, endpoint.port):
+            return service, ""
+    names = dict.fromkeys(service.endpoint.host for service in services[:NEAR_NAMES])
+    return None, next(iter(get_close_matches(host, names, n=1)), "")
 
 
 class _Options:
