@@ -718,7 +718,11 @@ class Daemon:
             await trio.sleep(wait_s)
             await self.plane.in_force()
             if not self.plane.counters().get("pool.dials"):
-                self._ingress_unproven = (await self.plane.probe("", 0)).problem
+                try:
+                    self._ingress_unproven = (await self.plane.probe("", 0)).problem
+                except NgrokdError as error:  # no worker answers
+                    self._ingress_unproven = str(error)
+                await self.plane.in_force()
             if self.plane.counters().get("pool.dials"):
                 break
             wait_s = min(wait_s * 2, INGRESS_PROOF_AGAIN_S)
