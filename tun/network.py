@@ -476,6 +476,16 @@ class FlowStream(trio.abc.HalfCloseableStream):
             self._network.after(self._flow)
         return taken
 
+    @property
+    def send_space(self) -> int:
+        """How many bytes `send_nowait` would take now."""
+        return self._flow.send_space
+
+    @property
+    def rationed(self) -> bool:
+        """Is memory so short that nobody may receive for this flow more than `send_space`?"""
+        return self._network.stack.rationed
+
     async def wait_send_space(self) -> None:
         """Wait until a good part of the send buffer is free. Cancellation changes nothing."""
         await trio.lowlevel.checkpoint_if_cancelled()

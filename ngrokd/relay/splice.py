@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 import trio
 
 from ngrokd.errors import StreamTruncated
+from ngrokd.relay.tls import RECORD, SCRATCH
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -75,6 +76,16 @@ class Flow(Protocol):
 
     async def wait_send_space(self) -> None:
         """Wait until `send_nowait` takes bytes again."""
+        ...
+
+    @property
+    def send_space(self) -> int:
+        """How many bytes `send_nowait` would take."""
+        ...
+
+    @property
+    def rationed(self) -> bool:
+        """Is memory short, so that nobody may receive for it what it has no room for?"""
         ...
 
     async def send_eof(self) -> None:
@@ -187,7 +198,9 @@ class _Splice:
     async def _ingress_to_app(self) -> None:
         flow, stream = self._flow, self._stream
         while True:
-            view = await stream.receive_view()
+            if flow.rationed:
+                await flow.wait_send_space()
+            view = await stream.receive_view(self._room)
             if not view:
                 break
             while (taken := flow.send_nowait(view)) < len(view):
@@ -195,6 +208,10 @@ class _Splice:
                 await flow.wait_send_space()
             del view  # or a connection that goes quiet would keep its last buffer
         await flow.send_eof()
+
+    def _room(self) -> int:
+        """How much may be received. What an app does not read stands here, and no account of memory has it."""
+        return max(self._flow.send_space, RECORD) if self._flow.rationed else SCRATCH
 
 
 __all__ = ["Flow", "splice"]

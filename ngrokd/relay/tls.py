@@ -399,8 +399,11 @@ class TlsStream:
 
     # -- receiving
 
-    def receive_nowait(self) -> memoryview | None:
+    def receive_nowait(self, limit: int = SCRATCH) -> memoryview | None:
         """Receive what is there: all complete records that the transport gives at one go.
+
+        Args:
+            limit: take no more bytes from the transport; a record that they complete may have begun before.
 
         Returns: plaintext that is never modified again; empty when the other side has ended the stream with
             close_notify; None when there is nothing now. `drained` tells whether asking again may give more.
@@ -419,7 +422,7 @@ class TlsStream:
                 ciphertext: memoryview | None = _EMPTY
                 self._drained = False
             else:
-                ciphertext = self._receive_ciphertext("without the end of the TLS stream")
+                ciphertext = self._receive_ciphertext("without the end of the TLS stream", limit)
             if ciphertext is None:
                 return None
             view = self._decrypt(ciphertext)
@@ -441,15 +444,19 @@ class TlsStream:
         """The last receive emptied the transport: wait for it before asking again."""
         return self._drained and not self._ready
 
-    async def receive_view(self) -> memoryview:
-        """Wait for plaintext; empty at close_notify. See `receive_nowait`. Cancelled, nothing is lost."""
+    async def receive_view(self, limit: Callable[[], int] | None = None) -> memoryview:
+        """Wait for plaintext; empty at close_notify. See `receive_nowait`. Cancelled, nothing is lost.
+
+        Args:
+            limit: tells how much may be taken from the transport, asked when it has something.
+        """
         while True:
             ended = self._session.received_eof or self._receive_error is not None
             if ended or self._ready or not self._drained:
                 await trio.lowlevel.checkpoint()
             else:
                 await self._transport.wait_readable()
-            view = self.receive_nowait()
+            view = self.receive_nowait(SCRATCH if limit is None else limit())
             if view is not None:
                 return view
 
@@ -559,11 +566,13 @@ class TlsStream:
             self._break(_cut_by(error, "while sending"))
         del backlog[:index]
 
-    def _receive_ciphertext(self, when: str) -> memoryview | None:
+    def _receive_ciphertext(self, when: str, limit: int = SCRATCH) -> memoryview | None:
         """Take what the transport has, once, into memory that is used again; None when it has nothing now."""
         scratch = self._scratch
         if scratch is None:
             scratch = memoryview(bytearray(CHUNK))
+        if limit < len(scratch):
+            scratch = scratch[:limit]
         try:
             count = self._transport.receive_into_nowait(scratch)
         except OSError as error:

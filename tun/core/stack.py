@@ -322,6 +322,11 @@ class Stack:
         return self._host.budget.used
 
     @property
+    def rationed(self) -> bool:
+        """Could what flows hold fill the memory, or does it nearly?"""
+        return self._tight or self._host.budget.crowded
+
+    @property
     def retransmits(self) -> int:
         """Segments sent again."""
         return self._host.retransmits

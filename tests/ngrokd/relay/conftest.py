@@ -162,6 +162,7 @@ class FakeFlow:
         self._to_app: list[memoryview] = []
         self._copies: list[bytes] = []  # of what was given when it was given: it must not change while we hold it
         self._send_buffer = send_buffer
+        self.rationed = False
         self._waiting_for_app = 0  # bytes sent and not read by the app
         self._our_eof = False
         self._changed = trio.Event()
@@ -231,6 +232,10 @@ class FakeFlow:
             self.bytes_to_app += taken
             self._notify()
         return taken
+
+    @property
+    def send_space(self) -> int:
+        return self._send_buffer - self._waiting_for_app
 
     async def wait_send_space(self) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()

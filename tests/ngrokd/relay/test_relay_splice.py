@@ -15,7 +15,7 @@ import trio.testing
 
 from ngrokd.errors import StreamTruncated
 from ngrokd.relay.splice import splice
-from ngrokd.relay.tls import BACKLOG_LIMIT, CHUNK, TlsSession, TlsStream
+from ngrokd.relay.tls import BACKLOG_LIMIT, CHUNK, RECORD, TlsSession, TlsStream
 from ngrokd.relay.transport import Transport, memory_transport_pair
 
 if TYPE_CHECKING:
@@ -233,6 +233,27 @@ async def test_an_app_that_does_not_read_stops_the_ingress(make_world: MakeWorld
         await trio.testing.wait_all_tasks_blocked()
         assert world.stream.bytes_received <= 50_000 + CHUNK + 20_000
         assert world.ingress.backlog
+
+        await world.flow.app_send_eof()
+        assert digest(await world.flow.app_read_all()) == digest(said)
+
+
+async def test_when_memory_is_short_no_more_is_received_than_the_app_has_room_for(make_world: MakeWorld) -> None:
+    """What the flow refuses would stand between it and TLS, where nobody counts it; nothing is lost for that."""
+    world = await make_world(capacity=1_000_000, buffer=70_000)
+    world.flow.rationed = True
+    said = random.Random(3).randbytes(1_000_000)
+
+    async def ingress_writes() -> None:
+        await world.ingress_sends(said)
+        await world.ingress.send_eof()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(world.splice)
+        nursery.start_soon(ingress_writes)
+        await trio.testing.wait_all_tasks_blocked()
+        assert world.flow.bytes_to_app == 70_000
+        assert world.stream.bytes_received <= 70_000 + RECORD
 
         await world.flow.app_send_eof()
         assert digest(await world.flow.app_read_all()) == digest(said)
