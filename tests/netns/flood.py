@@ -305,7 +305,7 @@ class _Flood:
         client.expect("connected")
         time.sleep(1.0)
         before, used = self._counters(), _processor_s(daemon)
-        damage.before_kib = damage.peak_kib = _resident_kib(daemon)
+        damage.before_kib = damage.peak_kib = resident_kib(daemon)
         lost = self._lost()
 
         target = ns.run(["getent", "ahostsv4", "hello.demo"]).stdout.split()[0]
@@ -331,7 +331,7 @@ class _Flood:
         self._wait_for_calm(over, calm_s)
         self._over.set()
         watching.join()
-        damage.after_kib = _resident_kib(daemon)
+        damage.after_kib = resident_kib(daemon)
         after = self._counters()
         damage.read = after["stack.packets"] - before["stack.packets"]
         damage.lost = self._lost() - lost
@@ -362,7 +362,7 @@ class _Flood:
     def _watch(self) -> None:
         damage = self.damage
         while not self._over.wait(0.25):
-            damage.peak_kib = max(damage.peak_kib, _resident_kib(self.play.daemon))
+            damage.peak_kib = max(damage.peak_kib, resident_kib(self.play.daemon))
             numbers = self._counters()
             damage.undecided = max(damage.undecided, numbers["stack.undecided_count"])
             damage.half_open = max(damage.half_open, numbers["stack.half_open_count"])
@@ -388,7 +388,8 @@ class _Flood:
         return int(self.play.ns.read_file("/sys/class/net/ngrokd0/statistics/tx_dropped"))
 
 
-def _resident_kib(process: Running | None) -> int:
+def resident_kib(process: Running | None) -> int:
+    """Resident memory of a process, the interpreter's files included."""
     assert process is not None
     with open(f"/proc/{process.pid}/smaps_rollup", encoding="ascii") as file:
         return int(re.findall(r"^Rss: +(\d+) kB", file.read(), re.MULTILINE)[0])
