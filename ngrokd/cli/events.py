@@ -53,8 +53,11 @@ def _print_json_line(context: Context, members: Mapping[str, Any]) -> None:
 
 
 def _event_line(event: Mapping[str, Any]) -> str:
+    flow = str(event.get("event", "")).startswith("flow.")  # of all else the message says what the fields do
     fields = " ".join(
-        f"{name}={clean(value)}" for name, value in event.items() if name not in _SHOWN_ELSEWHERE and value != ""
+        f"{name}={clean(value)}"
+        for name, value in event.items()
+        if flow and name not in _SHOWN_ELSEWHERE and value != ""
     )
     level, message = str(event.get("level", "")), clean(event.get("message") or "")
     name = clean(event.get("event", ""))

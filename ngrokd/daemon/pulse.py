@@ -82,11 +82,12 @@ def figures(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, in
 
 
 def _in_words(numbers: Mapping[str, int | float]) -> str:
+    up, down = (f"{numbers[f'bytes_{way}'] / 1e6:.1f} MB" for way in ("from_app", "to_app"))
     return (
-        "{flows} connections; in the last minute {opened} opened, {refused} refused, {cut} cut, "
-        "{bytes_from_app} bytes from apps, {bytes_to_app} to apps, {dials} dials ({dials_failed} failed, "
-        "p95 {dial_p95_ms} ms), {drops} packets dropped, event loop late by {loop_delay_ms} ms at most"
-    ).format(**numbers)
+        "{flows} live; in the last minute {opened} opened, {refused} refused, {cut} cut, "
+        "{up} from apps, {down} to apps, {dials} dials ({dials_failed} failed, p95 {dial_p95_ms} ms), "
+        "{drops} packets dropped, event loop late by up to {loop_delay_ms} ms"
+    ).format(**numbers, up=up, down=down)
 
 
 def dial_times(counters: Mapping[str, int]) -> Distribution:
