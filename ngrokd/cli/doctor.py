@@ -43,7 +43,7 @@ def doctor(context: Context, bundle: str | None) -> int:
         ]
         _show(context, findings)
         return Exit.CONFIG
-    first = ok("config", settings.file or "no configuration file: the defaults hold")
+    first = ok("config", ", ".join(settings.files) or "no configuration file: the defaults hold")
     from ngrokd.doctor.patient import Patient
 
     patient = Patient(settings, context.environ)

@@ -108,7 +108,7 @@ def _script(steps: Plan, width: int) -> Iterator[str]:
             yield from ["", *_comment(step.why, width)] if before else _comment(step.why, width)
         before = step.why
         for line in step.shell:
-            yield paint(line, "dim") if line.startswith("#") else line
+            yield from _comment(line.removeprefix("# "), width) if line.startswith("#") else [line]
 
 
 def _comment(text: str, width: int, *, colour: str = "dim") -> Iterable[str]:

@@ -132,9 +132,10 @@ def status(context: Context, name: str) -> int:
         )
     else:
         active = paint(state.active, "green" if state.active == "active" else "yellow")
-        of_whom = "" if state.ours or not state.installed else " (not ours, perhaps the Go daemon's)"
+        foreign = "not by us, perhaps by the Go daemon" if state.installed and not state.ours else ""
         pairs = [
-            ("Unit", f"{manager.path(name)}{of_whom}" if state.installed else "not installed"),
+            ("Unit", manager.path(name) if state.installed else "not installed"),
+            ("Made", foreign),
             ("At boot", state.enabled),
             ("Process", str(state.pid or "")),
         ]

@@ -26,6 +26,7 @@ from ngrokd.names import hosts
 _SUDO: Final = "run it as root for a full answer: sudo ngrokd doctor"
 _RESERVED_DESCRIPTORS: Final = 64  # the daemon keeps as many for itself
 _FEW_DESCRIPTORS: Final = 1024
+_MANY_CONNECTIONS: Final = 4000  # nearly nobody has more, so less than limits.flows is no trouble then
 _LITTLE_SPACE: Final = 1 << 20  # bytes; the state of 65,000 names takes about 20 MiB, that of a hundred 50 KiB
 # linux/fs.h
 _FS_IOC_GETFLAGS: Final = 0x80086601
@@ -107,8 +108,10 @@ def file_limit(patient: Patient) -> Iterator[Finding]:
     wanted = patient.settings.limits.flows
     possible = max(1, limit - _RESERVED_DESCRIPTORS)
     facts = {"limit": limit, "connections": min(wanted, possible), "limits.flows": wanted}
-    if possible >= wanted:
-        yield ok("file-limit", f"{whose} limit of open files, {limit}, is enough for limits.flows = {wanted}", **facts)
+    if possible >= min(wanted, _MANY_CONNECTIONS):
+        yield ok(
+            "file-limit", f"{whose} limit of open files, {limit}, allows {min(wanted, possible)} connections", **facts
+        )
         return
     make = fail if limit < _FEW_DESCRIPTORS else warn
     yield make(
@@ -145,7 +148,7 @@ def network(patient: Patient) -> Iterator[Finding]:
         yield fail("instance", one.what, one.remedy, about=one.about)
     if not others:
         what = f"interface {settings.net.interface}, {settings.state.directory} and the control socket"
-        yield ok("instance", f"{what} are {'held by it' if found.daemon else 'free'}")
+        yield ok("instance", f"{what} are {f'held by {found.daemon}' if found.daemon else 'free'}")
 
 
 def leftovers(patient: Patient) -> Iterator[Finding]:

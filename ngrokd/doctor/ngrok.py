@@ -416,7 +416,8 @@ async def ingress(patient: Patient) -> AsyncIterator[Finding]:
         with trio.fail_after(WAIT_S):
             addresses = await _resolve(host, port)
     except (OSError, trio.TooSlowError) as error:
-        said = f"{host} cannot be looked up: {str(error) or f'no answer within {WAIT_S:g} s'}"
+        reason = getattr(error, "strerror", "") or f"no answer within {WAIT_S:g} s"
+        said = f"{host} cannot be looked up: {reason}"
         yield fail("ingress", said, f"check the name server: getent hosts {host}")
         return
     dns_s = time.perf_counter() - begun

@@ -77,7 +77,7 @@ def survey(settings: Settings, plan: RunPlan) -> Survey:
 def running_daemon(settings: Settings) -> str:
     """Who serves the control socket, in words, when it also holds the interface or the state; "" when nobody does.
 
-    Where the other two cannot be seen, the socket alone decides.
+    The Go daemon holds neither, and so is somebody else. Where neither can be seen, the socket alone decides.
     """
     try:
         owner = socket_owner(settings.control.socket)
@@ -86,7 +86,8 @@ def running_daemon(settings: Settings) -> str:
     if owner is None:
         return ""
     holders = [process_name(pid) for pid in _pids(settings)]
-    return owner if not holders or owner in holders else ""
+    can_be_seen = sys.platform == "linux" or os.access(_lock_path(settings), os.R_OK)
+    return owner if owner in holders or not can_be_seen else ""
 
 
 def _pids(settings: Settings) -> Iterator[int]:

@@ -281,7 +281,7 @@ def _device(interface: str, offload: bool) -> Step:
         DEVICE,
         (("interface", interface), ("offload", int(offload))),
         "the apps' packets come to the daemon through a TUN device, which lives as long as the daemon",
-        (f"ip tuntap add dev {name} mode tun multi_queue{header}  # opened by the daemon, not persistent",),
+        (f"ip tuntap add dev {name} mode tun multi_queue{header}  # opened by the daemon",),
         (f"ip link del dev {name}  # goes with the daemon",),
     )
 

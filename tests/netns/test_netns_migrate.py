@@ -139,9 +139,12 @@ def test_what_would_be_done_is_shown_and_a_loose_daemon_is_left_alone(machine: M
     """Everything that was found, each step as a person would type it, what is left out and why."""
     before = machine.etc()
 
+    planned = machine.ngrokd("plan", check=False)
     shown = machine.ngrokd("migrate", "--dry-run")
     data = json.loads(machine.ngrokd("migrate", "--dry-run", "--json").stdout)["data"]
 
+    assert planned.returncode == 1
+    assert "CONFLICT: the control socket /var/run/ngrokd.sock belongs to process" in planned.stdout
     assert machine.operator_id in shown.stdout
     assert "7 names, 1 of them shared" in shown.stdout
     assert "systemctl disable ngrokd" in shown.stdout

@@ -46,7 +46,7 @@ def test_the_plan_reads_as_a_shell_script() -> None:
 
     assert [line for line in script if not line.startswith("#")] == [
         "ip route add unreachable 10.107.0.0/16 metric 4278198272",
-        "ip tuntap add dev ngrokd0 mode tun multi_queue vnet_hdr  # opened by the daemon, not persistent",
+        "ip tuntap add dev ngrokd0 mode tun multi_queue vnet_hdr  # opened by the daemon",
         "ip link set dev ngrokd0 addrgenmode none",
         "ip link set dev ngrokd0 mtu 1400 txqueuelen 5000",
         "ip link set dev ngrokd0 up",
