@@ -82,7 +82,7 @@ bench-smoke: .venv/stamp .venv-bench/stamp
 
 ## make fuzz         each fuzz target for a minute, or: make fuzz FUZZ_ARGS="--runs 1000000" FUZZ_TARGETS=packets
 FUZZ_ARGS ?= --seconds 60
-FUZZ_TARGETS ?= packets packets6 stack binding api hosts config control http1 urls state
+FUZZ_TARGETS ?= packets packets6 stack binding api hosts config control http1 urls state workers
 fuzz: .venv-fuzz/stamp
 	@for target in $(FUZZ_TARGETS); do .venv-fuzz/bin/python -m fuzz.driver $$target $(FUZZ_ARGS) || exit 1; done
 

@@ -30,7 +30,7 @@ from typing import Any, Final
 ROOT: Final = Path(__file__).resolve().parent
 TARGETS: Final = (
     "packets", "packets6", "packets_scapy", "stack", "binding", "api", "hosts", "config", "control", "http1", "urls",
-    "state",
+    "state", "workers",
 )  # fmt: skip
 MAX_LEN: Final = 1024
 CPU_LIMIT_S: Final = 1.0  # of one input; a slower one is a finding

@@ -36,7 +36,7 @@ from typing import Any, Final, TypeAlias, get_args
 
 import msgspec
 
-from ngrokd.dataplane import DataPlaneSettings, FlowInfo, Order, Report, Serve
+from ngrokd.dataplane import DataPlaneSettings, FlowInfo, Order, RecordOrder, Report, Serve
 from ngrokd.endpoints import Endpoint
 from ngrokd.errors import NgrokdError
 from ngrokd.names.twins import Twins
@@ -144,7 +144,29 @@ class AskProbe:
     port: int
 
 
-Question: TypeAlias = AskCounts | AskFlows | CloseFlow | AskProbe
+@dataclass(frozen=True, slots=True)
+class StartTape:
+    """Record packets; see `DataPlane.record`. Answered by nothing but `Done`."""
+
+    tape: int
+    order: RecordOrder
+
+
+@dataclass(frozen=True, slots=True)
+class ReadTape:
+    """The next bytes of this recording, when there are some. Answered by one `Taped`."""
+
+    tape: int
+
+
+@dataclass(frozen=True, slots=True)
+class StopTape:
+    """Nobody wants this recording any more. Answered by nothing but `Done`."""
+
+    tape: int
+
+
+Question: TypeAlias = AskCounts | AskFlows | CloseFlow | AskProbe | StartTape | ReadTape | StopTape
 
 
 # -- from a worker
@@ -189,6 +211,16 @@ class Probed:
 
 
 @dataclass(frozen=True, slots=True)
+class Taped:
+    """Bytes of a recording, b"" when it is over; and see `Recording`."""
+
+    data: bytes
+    recorded: int = 0
+    dropped: int = 0
+    ended: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """A question has been answered, or `problem` says why not."""
 
@@ -230,7 +262,7 @@ QUESTIONS: Final = get_args(Question)
 ORDERS: Final = tuple(kind for kind in get_args(Order) if kind is not Serve)
 TO_WORKER: Final[tuple[type, ...]] = (Begin, Attach, Entries, Commit, Run, Drain, End, *ORDERS, *QUESTIONS)
 FROM_WORKER: Final[tuple[type, ...]] = (
-    Hello, Counts, Flows, Truth, Probed, Done, Said, Lost, Failed, Drained, *get_args(Report),
+    Hello, Counts, Flows, Truth, Probed, Taped, Done, Said, Lost, Failed, Drained, *get_args(Report),
 )  # fmt: skip
 
 Message: TypeAlias = Any  # one of the types above; each side looks

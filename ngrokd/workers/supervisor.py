@@ -42,6 +42,7 @@ import trio
 
 from ngrokd import __version__
 from ngrokd.dataplane import (
+    RECORDINGS,
     CaFound,
     DataPlaneSettings,
     DeviceLost,
@@ -52,6 +53,7 @@ from ngrokd.dataplane import (
     Report,
     Serve,
     Tape,
+    TooManyRecordingsError,
     Trust,
     Use,
 )
@@ -85,14 +87,19 @@ from ngrokd.workers.messages import (
     Message,
     Probed,
     Question,
+    ReadTape,
     Run,
     Said,
+    StartTape,
+    StopTape,
+    Taped,
     Truth,
     begin,
     encode,
 )
 from ngrokd.workers.process import Spawn, WorkerProcess
-from tun import Device, DeviceError, QueuedDevice
+from ngrokd.workers.tape import JoinedTape
+from tun import CaptureFilter, Device, DeviceError, QueuedDevice
 
 log = logging.getLogger("ngrokd.workers")
 
@@ -170,6 +177,7 @@ class _Worker:
         self._device = -1  # generation
         self._drain = math.inf
         self._told_end = False
+        self._gone = False
         self._questions: list[tuple[int, _Asked]] = []
         self._open: dict[int, _Asked] = {}
         self._news = trio.Event()
@@ -187,6 +195,7 @@ class _Worker:
 
     def over(self) -> None:
         """Nothing comes any more: whoever waits for it goes on."""
+        self._gone = True
         for asked in [*self._open.values(), *(asked for _, asked in self._questions)]:
             asked.over.set()
 
@@ -197,8 +206,11 @@ class _Worker:
     def ask(self, question: Question) -> _Asked:
         """Ask after all that is to be told now. Whoever no longer waits for the answer says so with `forget`."""
         asked = _Asked(question)
-        self._questions.append((self._plane.next_number(), asked))
-        self.wake()
+        if self._gone:
+            asked.over.set()
+        else:
+            self._questions.append((self._plane.next_number(), asked))
+            self.wake()
         return asked
 
     def forget(self, asked: _Asked) -> None:
@@ -370,6 +382,7 @@ class WorkersPlane:
         self._problems: dict[int, str] = {}
         self._ended_counters: dict[str, int] = {}
         self._next_flow = list(range(1, workers + 1))
+        self._tapes: set[int] = set()
         self._scope: trio.CancelScope | None = None
         self.drain_s = math.inf
         self.drained = False
@@ -538,9 +551,22 @@ class WorkersPlane:
                 return answer.probe
         raise WorkerFailedError("no worker answers")
 
-    def record(self, order: RecordOrder) -> Tape:  # noqa: ARG002
-        """Record what passes all of them."""
-        raise WorkerFailedError("packets of several workers cannot be recorded", remedy="set net.workers = 1")
+    def record(self, order: RecordOrder) -> Tape:
+        """Record what passes all workers that run now. Raises TooManyRecordingsError, ValueError."""
+        if len(self._tapes) >= RECORDINGS:
+            raise TooManyRecordingsError(f"{RECORDINGS} captures are under way", remedy="end one of them first")
+        CaptureFilter.of(order.addresses, order.ports)
+        tape, workers = self.next_number(), self._ready()
+
+        def stop() -> None:
+            self._tapes.discard(tape)
+            for worker in workers:
+                worker.ask(StopTape(tape))
+
+        self._tapes.add(tape)
+        for worker in workers:
+            worker.ask(StartTape(tape, order))
+        return JoinedTape([_Reel(worker, tape) for worker in workers], order.max_packets, stop)
 
     def _ready(self) -> list[_Worker]:
         return [worker for worker in self._workers.values() if worker.ready.is_set()]
@@ -668,6 +694,22 @@ class WorkersPlane:
             lost = replace(event, reason=WORKER_LOST, message="the process that carried it ended")
             self._report(replace(lost, kind=CUT))
             self._report(replace(lost, kind=CLOSED))
+
+
+class _Reel:
+    """The next bytes of one worker's recording. Cancelled, they wait here for the next call."""
+
+    def __init__(self, worker: _Worker, tape: int) -> None:
+        self._worker = worker
+        self._tape = tape
+        self._asked: _Asked | None = None
+
+    async def __call__(self) -> Taped:
+        if self._asked is None:
+            self._asked = self._worker.ask(ReadTape(self._tape))
+        await self._asked.over.wait()
+        asked, self._asked = self._asked, None
+        return next((answer for answer in asked.answers if isinstance(answer, Taped)), Taped(b""))
 
 
 async def _end(process: WorkerProcess) -> int:

@@ -37,7 +37,7 @@ from typing import Final
 import trio
 
 from ngrokd import __version__
-from ngrokd.dataplane import DataPlane, Dial, Report, Serve
+from ngrokd.dataplane import DataPlane, Dial, Recording, Report, Serve
 from ngrokd.errors import Exit, NgrokdError
 from ngrokd.log import fold_traceback
 from ngrokd.names.directory import Directory
@@ -67,8 +67,12 @@ from ngrokd.workers.messages import (
     Lost,
     Message,
     Probed,
+    ReadTape,
     Run,
     Said,
+    StartTape,
+    StopTape,
+    Taped,
     Truth,
     encode,
     settings_of,
@@ -153,6 +157,7 @@ class Worker:
         self._plane: DataPlane | None = None
         self._directory = Directory.empty()
         self._end = trio.Event()
+        self._tapes: dict[int, _Tape] = {}
 
     async def run(self) -> None:
         """Serve until draining is over or the daemon is gone. Raises BadMessage, and what a bug raises."""
@@ -257,10 +262,45 @@ class Worker:
                     self._answer(number, Truth(await plane.close_flow(flow)))
                 case AskProbe(host, port):
                     self._answer(number, Probed(await plane.probe(host, port)))
+                case StartTape(tape, order):
+                    self._tapes[tape] = _Tape(plane.record(order))
+                    self._answer(number)
+                case ReadTape(tape):
+                    self._answer(number, await self._tapes[tape].read() if tape in self._tapes else Taped(b""))
+                case StopTape(tape):
+                    if tape in self._tapes:
+                        self._tapes.pop(tape).stop()
+                    self._answer(number)
                 case _:
                     raise AssertionError(f"nobody answers {question!r}")
         except NgrokdError as error:
             self.outbox.add(encode(Done(str(error), error.remedy), number))
+
+
+class _Tape:
+    """A recording that may be stopped while somebody waits for more of it."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
+        self._reading: trio.CancelScope | None = None
+
+    async def read(self) -> Taped:
+        """The next bytes; b"" when it is over."""
+        data = b""
+        with trio.CancelScope() as self._reading:
+            data = await self._recording.read()
+        if self._reading.cancelled_caught:
+            self._recording.close()
+        self._reading = None
+        recording = self._recording
+        return Taped(data, recording.recorded, recording.dropped, recording.ended)
+
+    def stop(self) -> None:
+        """Stop recording. The pipe is closed when nobody waits for it any more."""
+        if self._reading is not None:
+            self._reading.cancel()
+        else:
+            self._recording.close()
 
 
 # -- the process

@@ -55,6 +55,28 @@ while True:
 """
 
 
+# Asks for an echo every other millisecond and says what the longest wait was, for each line of its input.
+PING_PONG = """
+import select, socket, sys, time
+s = socket.create_connection(("echo.demo", 7), 10)
+s.settimeout(30)
+s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+print("connected")
+worst = 0.0
+while True:
+    started = time.monotonic()
+    s.sendall(b"x")
+    if not s.recv(1):
+        break
+    worst = max(worst, time.monotonic() - started)
+    if select.select([sys.stdin], [], [], 0.02)[0]:
+        if not sys.stdin.readline():
+            break
+        print(f"longest {worst * 1000:.0f} ms", flush=True)
+        worst = 0.0
+"""
+
+
 @pytest.fixture
 def stage(netns: Callable[[], Namespace]) -> Iterator[Callable[..., Stage]]:
     """Makes stages whose daemon has two workers."""
@@ -77,6 +99,10 @@ def workers(play: Stage) -> list[dict[str, Any]]:
 def process_status(pid: int) -> dict[str, str]:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def rss_kib(pid: int) -> int:
+    return int(process_status(pid)["VmRSS"].split()[0])
 
 
 def is_alive(pid: int) -> bool:
@@ -360,3 +386,44 @@ def test_status_speaks_of_all_workers_as_of_one(stage: Callable[..., Stage]) -> 
     assert shown["pool"]["hits"] + shown["pool"]["adopted"] + shown["pool"]["misses"] == 20
     assert counters["stack.packets"] == sum(worker["packets"] for worker in shown["workers"])
     wait_until(lambda: play.status()["flows"] == 0, within=5)
+
+
+@pytest.mark.timeout(180)
+def test_65_000_endpoints_reach_both_without_holding_up_packets(stage: Callable[..., Stage]) -> None:
+    """At the start, when one is added, and again when a worker is replaced while connections of the other go on."""
+    play = stage(
+        *("--demo", "--set", 'api.poll_interval="10m"', "--do", "page-size 1000"),
+        *("--do", "many 64993 http://svc-{}.scale.test http"),
+    )
+    daemon = play.start(ready_timeout=60)
+    clients = [play.ns.start([sys.executable, "-u", "-c", PING_PONG]) for _ in range(8)]
+    for client in clients:
+        client.expect("connected")
+
+    def longest_ms(act: Callable[[], object]) -> int:
+        for client in clients:
+            client.write("\n")
+            client.expect("longest")
+        seen = [client.stdout.count("longest") for client in clients]
+        act()
+        for client, count in zip(clients, seen, strict=True):
+            client.write("\n")
+            client.expect(rf"(?:^longest .*\n){{{count + 1}}}")
+        return max(int(re.findall(r"longest (\d+) ms", client.stdout)[-1]) for client in clients)
+
+    play.lab.do("add http://new.scale.test http")
+    waits = [longest_ms(lambda: play.ngrokd("refresh", timeout=60))]
+    for name in ("svc-00000.scale.test", "svc-64992.scale.test", "new.scale.test"):
+        for _ in range(6):  # so that each worker is asked
+            assert play.ns.run(["curl", "-sS", "--max-time", "10", f"http://{name}/"]).stdout
+    before = workers(play)
+    memory = [rss_kib(worker["pid"]) for worker in before]
+    idle = next(worker for worker in before if worker["flows"] == min(one["flows"] for one in before))
+
+    os.kill(idle["pid"], signal.SIGKILL)
+    daemon.expect(rf"worker {idle['index']} runs again", stream="stderr")
+    for _ in range(12):
+        assert play.ns.run(["curl", "-sS", "--max-time", "10", "http://svc-64992.scale.test/"]).stdout
+    assert [worker["restarts"] for worker in workers(play)].count(1) == 1
+    assert waits[0] < 500, waits  # 40 on a quiet machine
+    assert max(memory) < 160 * 1024, memory

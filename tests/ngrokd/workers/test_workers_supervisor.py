@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import ssl
 from collections.abc import AsyncIterator
@@ -16,6 +17,7 @@ from trio.testing import MockClock
 
 from ngrokd import __version__
 from ngrokd.dataplane import (
+    RECORDINGS,
     Accept,
     CaFound,
     DataPlaneSettings,
@@ -23,8 +25,10 @@ from ngrokd.dataplane import (
     Dial,
     Pause,
     Reach,
+    RecordOrder,
     Report,
     Serve,
+    TooManyRecordingsError,
     Trust,
     Use,
 )
@@ -61,6 +65,7 @@ from ngrokd.workers.supervisor import WORKER_LOST, WorkerFailedError, WorkerRigh
 from ngrokd.workers.worker import Outbox
 from tests.ngrokd.workers.crew import Crew, MemoryLink, Script, nobody
 from tun import DeviceError, StackSettings
+from tun.pcap import read_capture
 from tun.testing.apppeer import AppHost, AppStream
 
 SETTINGS = DataPlaneSettings(StackSettings(), secret=b"s" * 32)
@@ -697,3 +702,69 @@ async def test_the_outbox_says_when_all_is_sent(autojump_clock: MockClock) -> No
         nursery.start_soon(outbox.take)  # whoever takes again has sent what it took
         await outbox.sent()
         nursery.cancel_scope.cancel()
+
+
+# Recording
+
+
+async def test_what_passes_any_worker_is_recorded(autojump_clock: MockClock) -> None:
+    """One file, an interface for each; over when its time is, with nothing left behind in the workers."""
+    async with open_stage() as stage:
+        with stage.plane.record(RecordOrder(duration_s=10.0, snaplen=100)) as tape:
+            await stage.plane.in_force()
+            apps = [await stage.connect(0), await stage.connect(1)]
+            assert [await echo(app) for app in apps] == [b"hello"] * 2
+            pieces = []
+            while piece := await tape.read():
+                pieces.append(piece)
+
+        packets = list(read_capture(io.BytesIO(b"".join(pieces))))
+        syns = [packet for packet in packets if packet.packet[33] == 0x02]
+        assert len(syns) == 2
+        assert len({packet.interface for packet in packets}) == 1, "they are queues of one link"
+        assert tape.recorded == len(packets) >= 10
+        assert (tape.dropped, tape.ended) == (0, "duration")
+        assert await echo(apps[0]) == b"hello"
+
+
+async def test_a_recording_can_be_left_while_nothing_comes(autojump_clock: MockClock) -> None:
+    """And there are so many at a time, here as in one process."""
+    async with open_stage() as stage:
+        tapes = [stage.plane.record(RecordOrder()) for _ in range(RECORDINGS)]
+        with pytest.raises(TooManyRecordingsError):
+            stage.plane.record(RecordOrder())
+        tapes.pop().close()
+        with pytest.raises(ValueError, match="does not appear"):
+            stage.plane.record(RecordOrder(addresses=("nowhere",)))
+
+        for tape in tapes:
+            with trio.move_on_after(1):
+                while True:
+                    await tape.read()
+            tape.close()
+        await stage.plane.in_force()
+        assert await tapes[0].read() == b""
+
+        with stage.plane.record(RecordOrder(max_packets=3)) as again:
+            await stage.plane.in_force()
+            app = await stage.connect(1)
+            assert await echo(app) == b"hello"
+            while await again.read():
+                pass
+        assert again.ended == "packets"
+        assert again.recorded == 3
+
+
+async def test_a_worker_that_ends_takes_its_part_of_a_recording_with_it(autojump_clock: MockClock) -> None:
+    async with open_stage() as stage:
+        with stage.plane.record(RecordOrder(duration_s=30.0)) as tape:
+            await stage.plane.in_force()
+            stage.crew.latest(0).kill()
+            app = await stage.connect(1)
+            assert await echo(app) == b"hello"
+            data = b""
+            while piece := await tape.read():
+                data += piece
+
+        assert len(list(read_capture(io.BytesIO(data)))) == tape.recorded >= 5
+        assert tape.ended == "duration"
