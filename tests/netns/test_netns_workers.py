@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ import pytest
 
 from tests.netns.stage import Stage
 from tests.netns.support import Namespace, Running
+from tun.pcap import read_capture
 
 pytestmark = pytest.mark.netns
 
@@ -427,3 +429,35 @@ def test_65_000_endpoints_reach_both_without_holding_up_packets(stage: Callable[
     assert [worker["restarts"] for worker in workers(play)].count(1) == 1
     assert waits[0] < 500, waits  # 40 on a quiet machine
     assert max(memory) < 160 * 1024, memory
+
+
+def test_operators_see_all_workers_as_one(stage: Callable[..., Stage]) -> None:
+    """`flows`, `ping`, `capture` and `/metrics` need not know who carries what."""
+    play = stage("--demo", "--set", 'http.listen="127.0.0.1:8081"')
+    play.start()
+    client = hold(play, 20)
+    capture = play.ns.start(
+        [
+            *(sys.executable, "-m", "ngrokd", "--socket", f"{play.directory}/ngrokd.sock"),
+            *("capture", "--port", "7", "--count", "60", "-w", str(play.directory / "both.pcapng")),
+        ]
+    )
+    wait_until(lambda: (play.directory / "both.pcapng").exists(), within=10)
+    wait_until(lambda: (play.directory / "both.pcapng").stat().st_size > 0, within=10)
+
+    for _ in range(3):
+        client.write("x\n")
+    client.expect(r"(?s)(?:alive 20 reset 0.*){3}")
+
+    assert capture.wait(timeout=10) == 0
+    with (play.directory / "both.pcapng").open("rb") as file:
+        packets = list(read_capture(file))
+    assert len(packets) == 60
+    assert len({packet.packet[20:22] for packet in packets if packet.packet[0] >> 4 == 4}) != 1, "of many connections"
+    flows = json.loads(play.ngrokd("flows", "--json").stdout)["data"]
+    assert len(flows) == 20
+    assert len({flow["id"] for flow in flows}) == 20
+    assert {flow["id"] % 2 for flow in flows} == {0, 1}
+    play.ngrokd("ping", "echo.demo")
+    metrics = play.ns.run(["curl", "-sS", "http://127.0.0.1:8081/metrics"]).stdout
+    assert re.search(r"^ngrokd_flows(?:\{[^}]*\})? 20(?:\.0)?$", metrics, re.MULTILINE), metrics[:3000]
