@@ -370,7 +370,7 @@ class Daemon:
                 state=lambda: self.state,
                 conditions=self.conditions,
                 problems=lambda: self.problems,
-                restarts=lambda: {"device": self._device_restarts},
+                restarts=self._count_restarts,
                 control=lambda: self._control.counters(),
                 web=lambda: self._web.counters() if self._web is not None else {},
             ),
@@ -928,6 +928,12 @@ class Daemon:
             Condition("ingress", not ingress, ingress),
             Condition("accepting", not refusing, refusing),
         )
+
+    def _count_restarts(self) -> dict[str, int]:
+        """How often a part was made anew, by its name."""
+        restarts = [worker.get("restarts", 0) for worker in self.plane.describe_workers()]
+        workers = sum(count for count in restarts if isinstance(count, int))
+        return {"device": self._device_restarts, "worker": workers}
 
     def health(self) -> Health:
         """How we are, for probes."""
