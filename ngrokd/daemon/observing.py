@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ngrokd.daemon")
 
+OWNERS_FOR_S: Final = 0.8  # so long whose connections they are is not looked up again, whoever asks
 LOOK_S: Final = 0.2  # how often those who follow something look whether there is more
 EVENTS_AT_ONCE: Final = 128
 TOP_ROWS: Final = 1000
@@ -107,6 +108,8 @@ class Observing:
         self._started_at = started_at
         self._processes = Processes()
         self._looking = trio.Lock()
+        self._found: Mapping[Connection, Owner] = {}
+        self._owners_until = -math.inf
         self._level_until = math.inf
         self._level_changed = trio.Event()
         self.usual_level = log_control.level if log_control is not None else "info"
@@ -157,8 +160,10 @@ class Observing:
         if not wanted:
             return {}
         async with self._looking:
-            found: dict[Connection, Owner] = await self._machine.run_sync(self._processes.find, wanted)
-        return found
+            if trio.current_time() >= self._owners_until:
+                self._found = await self._machine.run_sync(self._processes.find, wanted)
+                self._owners_until = trio.current_time() + OWNERS_FOR_S
+            return self._found
 
     async def _top(self, arguments: list[str], _peer: Peer, start: Start) -> None:
         """A line every `interval` seconds: totals, and the flows that carry most."""

@@ -357,10 +357,11 @@ class ControlServer:
         """Carry out a streaming command until it is over or the client leaves."""
 
         async def listen() -> None:
-            # Whatever else it says is not for us.
+            # Whatever else it says is not for us; one that says much is not listening.
+            heard = 0
             with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-                while await stream.receive_some(4096):
-                    pass
+                while heard < REQUEST_BYTES and (piece := await stream.receive_some(4096)):
+                    heard += len(piece)
             nursery.cancel_scope.cancel()
 
         async with trio.open_nursery() as nursery:  # the command's errors are handled within

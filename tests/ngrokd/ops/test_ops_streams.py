@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -175,3 +176,20 @@ async def test_a_defect_ends_one_client_only(
 
     assert lines[1]["error"]["code"] == Exit.INTERNAL
     assert "ours" in caplog.text
+
+
+async def test_a_client_that_goes_on_talking_is_let_go(autojump_clock: trio.testing.MockClock) -> None:
+    """What it says costs time to read, and means nothing."""
+    ours, theirs = trio.testing.memory_stream_pair()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(make_server().serve_stream, theirs, ROOT, None)
+        await ours.send_all(b'{"command":"count","args":["100"]}')
+        await trio.testing.wait_all_tasks_blocked()
+        sent = 0
+        with suppress(trio.BrokenResourceError):
+            while sent < 100:
+                await ours.send_all(b"x" * 4096)
+                sent += 1
+                await trio.sleep(0.1)
+
+    assert sent < 50
