@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ngrokd.config.schema import Leaf
 
 MAX_STDIN_CHARS: Final = 64 << 10
-ORIGIN_COLUMN: Final = 44  # where the origins stand, unless a value is longer
+ORIGIN_COLUMN: Final = 44  # where the origins stand at the latest, unless a value is longer
 _WHEN: Final = {
     "live": "a running daemon takes it over",
     "new flows only": "a running daemon takes it over for new connections",
@@ -29,7 +29,15 @@ _WHEN: Final = {
 }
 
 
-@click.group("config", context_settings={"help_option_names": ["-h", "--help"]})
+class OrderedGroup(click.Group):
+    """Commands in the order in which they were added."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click calls it so
+        """The names."""
+        return list(self.commands)
+
+
+@click.group("config", cls=OrderedGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @common_options
 def config() -> None:
     """Show, change and check the configuration.
@@ -44,7 +52,10 @@ def config() -> None:
 
 @command("config path")
 def path(context: Context) -> None:
-    """Print where the configuration is read: the file of --config or $NGROKD_CONFIG, else the default one."""
+    """Print where the configuration is read.
+
+    The file of --config, of $NGROKD_CONFIG, or the default one. Files in conf.d beside it count too.
+    """
     from ngrokd.config import find_file, find_files
 
     file = find_file(context.config or None, context.environ)
@@ -63,7 +74,10 @@ def path(context: Context) -> None:
 @click.option("--changed", is_flag=True, help="Leave out what is at its default.")
 @setting_option
 def show(context: Context, names: tuple[str, ...], origin: bool, changed: bool) -> None:
-    """Show what holds: files, environment and options put together. Secrets are shown as "***"."""
+    """Show what holds, and where it comes from.
+
+    Files, environment and options are put together, the later before the earlier. Secrets are shown as "***".
+    """
     settings = context.load_settings()
     chosen = [leaf for leaf in _chosen(names) if not changed or leaf.path in settings.origins]
     if context.as_json:
@@ -71,6 +85,7 @@ def show(context: Context, names: tuple[str, ...], origin: bool, changed: bool) 
         return
     lines: list[str] = []
     section = ""
+    column = min(max((len(_line(settings, leaf)) for leaf in chosen), default=0), ORIGIN_COLUMN)
     for leaf in chosen:
         if leaf.section != section:
             section = leaf.section
@@ -78,7 +93,7 @@ def show(context: Context, names: tuple[str, ...], origin: bool, changed: bool) 
         line = _line(settings, leaf)
         if origin:
             comment = f"# {clean(settings.origins.get(leaf.path, 'default'))}"
-            line = f"{line.ljust(ORIGIN_COLUMN)}  {paint(comment, 'dim')}"
+            line = f"{line.ljust(column)}  {paint(comment, 'dim')}"
         lines.append(line)
     print_lines(lines)
 
@@ -104,7 +119,10 @@ def _line(settings: Settings, leaf: Leaf) -> str:
 @click.argument("key")
 @setting_option
 def get(context: Context, key: str) -> None:
-    """Print the value of one key: texts and numbers as they are, lists as in TOML, secrets as "***"."""
+    """Print the value of one key.
+
+    Texts and numbers are printed as they are, lists as in TOML, secrets as "***".
+    """
     from ngrokd.config import shown_value
     from ngrokd.config_edit import format_value
 
@@ -122,7 +140,10 @@ def get(context: Context, key: str) -> None:
 @click.argument("file", required=False)
 @setting_option
 def validate(context: Context, file: str | None) -> None:
-    """Check the configuration as "run" does, or one FILE by itself. All mistakes are named, with exit code 78."""
+    """Name every mistake, with its line.
+
+    The configuration is checked as "run" does it, a FILE that is named by itself. Exit code 78 when something is wrong.
+    """
     if file is None:
         settings = context.load_settings()
         files, warnings = list(settings.files), list(settings.warnings)
@@ -141,9 +162,10 @@ def validate(context: Context, file: str | None) -> None:
 
 @command("config schema")
 def schema(context: Context) -> None:
-    """Print a JSON Schema of the configuration, for editors that complete and check.
+    """Print a JSON Schema for editors.
 
-    In a file beside the configuration, it is named by the first line "#:schema ngrokd.schema.json".
+    With it they complete and check. In a file beside the configuration, it is named by the first line
+    "#:schema ngrokd.schema.json".
     """
     from ngrokd.config.manual import json_schema, schema_text
 
@@ -159,7 +181,10 @@ def schema(context: Context) -> None:
 @command("config init")
 @click.option("--stdout", "to_stdout", is_flag=True, help="Print it instead.")
 def init(context: Context, to_stdout: bool) -> None:
-    """Write a configuration that explains every key, all at their defaults, where there is none yet."""
+    """Write a file that explains every key.
+
+    All keys are in it at their defaults, commented out. A file that is there already is left alone: exit code 73.
+    """
     from ngrokd.config.manual import commented_file
     from ngrokd.config_edit import NEW_FILE_MODE
 
@@ -187,11 +212,13 @@ def set_(context: Context, key: str, values: tuple[str, ...], from_stdin: bool) 
     elif leaf.path == "api.key":
         warn("an argument is visible to other users (ps) and in the shell's history; better: sudo ngrokd set-api-key")
     from ngrokd.config import convert_texts, shown_value
-    from ngrokd.config_edit import format_key, set_value
+    from ngrokd.config.readers import is_private
+    from ngrokd.config_edit import format_key, format_value, set_value
 
     written = values[-1] if rest else convert_texts(leaf, values)
     place = (leaf.section, leaf.key, *rest)
-    outcome = _edit(context, leaf, lambda text: set_value(text, place, written), format_key(place))
+    shown = "" if is_private(leaf.reader) else f"{format_key(place)} = {format_value(written)}"
+    outcome = _edit(context, leaf, lambda text: set_value(text, place, written), format_key(place), shown)
     if context.as_json:
         settings = context.load_settings()
         context.print_document(outcome | {"value": shown_value(settings, leaf)})
@@ -200,9 +227,10 @@ def set_(context: Context, key: str, values: tuple[str, ...], from_stdin: bool) 
 @command("config unset")
 @click.argument("key")
 def unset(context: Context, key: str) -> None:
-    """Remove one key from the file, so that what goes before it in turn holds again. Its comments stay.
+    """Remove one key from the file.
 
-    A key that is no key of ngrokd's can be removed too, so that a mistake can be.
+    Then its default holds again, or what another file says. Its comments stay. A key that is no key of ngrokd's can be
+    removed too, so that a mistake can be.
     """
     from ngrokd.config_edit import format_key, unset_value
 
@@ -216,7 +244,10 @@ def unset(context: Context, key: str) -> None:
 
 @command("config edit")
 def edit(context: Context) -> None:
-    """Edit the file with $VISUAL or $EDITOR. What is wrong is not saved: the editor opens again and says why."""
+    """Edit the file with $VISUAL or $EDITOR.
+
+    What is wrong is not saved: the editor opens again, with what is wrong in a comment at the top.
+    """
     from ngrokd.cli.editor import edit_file
     from ngrokd.config import find_file
 
@@ -232,9 +263,10 @@ def edit(context: Context) -> None:
 @click.argument("file", default="/etc/ngrokd/config.yml")
 @click.option("--stdout", "to_stdout", is_flag=True, help="Print it instead of writing it; without the API key.")
 def import_(context: Context, file: str, to_stdout: bool) -> None:
-    """Convert the configuration of the Go ngrokd, config.yml, and say what was left out and why.
+    """Convert the Go ngrokd's config.yml.
 
-    It is written where this ngrokd reads its configuration, unless a file is there already.
+    What has no meaning here is left out and named, with the reason. The result is written where this ngrokd reads its
+    configuration, unless a file is there already.
     """
     from ngrokd.config_edit import NEW_FILE_MODE
     from ngrokd.config_edit.go import KEY_FILE_MODE, import_file
@@ -260,7 +292,7 @@ def import_(context: Context, file: str, to_stdout: bool) -> None:
         warn(note)
 
 
-for _command in (path, init, show, get, set_, unset, edit, validate, schema, import_):
+for _command in (path, show, get, set_, unset, edit, validate, init, import_, schema):
     config.add_command(_command)
 
 
@@ -334,8 +366,18 @@ def _write_new(context: Context, text: str, mode: int) -> str:
     return file
 
 
-def _edit(context: Context, leaf: Leaf | None, change: Callable[[str], str], key: str) -> dict[str, object]:
-    """Change the file, say on the terminal what that means, and return the same for programs."""
+def _edit(
+    context: Context, leaf: Leaf | None, change: Callable[[str], str], key: str, shown: str = ""
+) -> dict[str, object]:
+    """Change the file, say on the terminal what that means, and return the same for programs.
+
+    Args:
+        context: whose.
+        leaf: the key, None for one that is none of ours.
+        change: makes the new text.
+        key: as it is written.
+        shown: what is written, where it may be shown; else what holds then is.
+    """
     from ngrokd.config import find_file, parse
     from ngrokd.config_edit import EditError, rewrite
 
@@ -355,7 +397,7 @@ def _edit(context: Context, leaf: Leaf | None, change: Callable[[str], str], key
     origin = settings.origins.get(leaf.path, "default") if leaf is not None and settings is not None else ""
     is_ours = origin == "default" or origin.startswith(f"{file}:")
     if not context.as_json:
-        _say_edit(file, leaf, key, settings, changed=done.before != done.after)
+        _say_edit(file, leaf, key, settings, shown if is_ours else "", changed=done.before != done.after)
         if origin and not is_ours:
             warn(f"{leaf.path if leaf else key} is {clean(origin)}'s, which goes before {file}")
     return {
@@ -367,7 +409,7 @@ def _edit(context: Context, leaf: Leaf | None, change: Callable[[str], str], key
     }
 
 
-def _say_edit(file: str, leaf: Leaf | None, key: str, settings: Settings | None, *, changed: bool) -> None:
+def _say_edit(file: str, leaf: Leaf | None, key: str, settings: Settings | None, shown: str, *, changed: bool) -> None:
     if not changed:
         print_lines([f"{clean(key)}: nothing to change in {clean(file)}"])
         return
@@ -375,7 +417,8 @@ def _say_edit(file: str, leaf: Leaf | None, key: str, settings: Settings | None,
         print_lines([f"{clean(file)}: {clean(key)} was removed"])
         return
     origin = settings.origins.get(leaf.path, "default")
-    print_lines([f"{leaf.section}.{_line(settings, leaf)}  {paint(f'# {clean(origin)}', 'dim')}"])
+    line = clean(shown) or f"{leaf.section}.{_line(settings, leaf)}"
+    print_lines([f"{line}  {paint(f'# {clean(origin)}', 'dim')}"])
     click.echo(_WHEN[leaf.effect], err=True)
 
 

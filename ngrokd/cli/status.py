@@ -93,6 +93,7 @@ def _facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("IPv6", f"not now: {no_ipv6}" if no_ipv6 else ""),
         ("Hosts file", f"{hosts.get('path') or ''}{unnamed}"),
         ("Configuration", _configuration(_table(data.get("config")))),
+        ("After restart", ", ".join(map(str, _list(_table(data.get("config")).get("needs_restart"))))),
         ("Endpoints", _count(data)),
         ("Connections", _connections(data)),
     ]
@@ -109,9 +110,7 @@ def _validity(not_after: object) -> str:
 
 def _configuration(config: Mapping[str, Any]) -> str:
     names = [str(name) for name in _list(config.get("files"))] or (["defaults"] if config else [])
-    shown = names[0] + (f" and {len(names) - 1} of conf.d" if len(names) > 1 else "") if names else ""
-    waiting = ", ".join(str(key) for key in _list(config.get("needs_restart")))
-    return shown + (f"; waiting for a restart: {waiting}" if waiting else "")
+    return names[0] + (f", and {len(names) - 1} more in conf.d" if len(names) > 1 else "") if names else ""
 
 
 def _count(data: Mapping[str, Any]) -> str:

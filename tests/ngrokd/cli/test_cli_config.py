@@ -316,6 +316,12 @@ def test_set_says_what_goes_before_the_file(cli: Cli, folder: Path, monkeypatch:
     )
 
 
+def test_what_was_written_is_said_as_it_was_written(cli: Cli, file: Path) -> None:
+    """Not as we would have written it."""
+    assert cli("config", "set", "limits.buffer", "5MB").out == f'limits.buffer = "5MB"  # {file}:2\n'
+    assert cli("config", "set", "api.selectors", "a", "b").out == f'api.selectors = ["a", "b"]  # {file}:5\n'
+
+
 def test_a_secret_comes_from_stdin_and_is_not_shown(
     cli: Cli, file: Path, monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
