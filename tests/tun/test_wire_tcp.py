@@ -136,12 +136,12 @@ def test_any_options_keep_the_segment(options: bytes, flags: int) -> None:
 @pytest.mark.rule(15)
 def test_every_kind_with_every_length(kind: int) -> None:
     """No loop, no over-read (the AMNESIA:33 class): 256 x 256 headers, each within a millisecond."""
-    started = time.perf_counter()
+    started = time.process_time()
     for length in range(256):
         options = bytes((kind, length)) + b"\2\4\5\xb4"
         segment = parsed(raw(options))
         assert segment.data_start == segment.data_end
-    assert time.perf_counter() - started < 0.256
+    assert time.process_time() - started < 0.256
 
 
 @pytest.mark.parametrize(
@@ -169,6 +169,21 @@ def test_handshake_options_mean_nothing_later() -> None:
     segment = parsed(raw(tcp.options(mss=1, window_scale=2, sack_permitted=True), ACK))
 
     assert (segment.mss, segment.window_scale, segment.sack_permitted) == (-1, -1, False)
+
+
+@pytest.mark.rule(15)
+@pytest.mark.parametrize("padding", [b"", b"\1", b"\1\1"])
+def test_options_need_no_padding(padding: bytes) -> None:
+    """What follows the usual stamp may follow at once, and its numbers are read from where they are."""
+    stamp = tcp.options(timestamp=(1, 2))
+    blocks = bytes([5, 18]) + b"".join(number.to_bytes(4, "big") for number in (10, 20, 30, 40))
+    options = stamp + padding + blocks
+
+    segment = parsed(raw(options + b"\0" * (-len(options) % 4), ACK))
+
+    assert (segment.ts_value, segment.ts_echo) == (1, 2)
+    assert segment.sack_count == 2
+    assert segment.sacks[:4] == [10, 20, 30, 40]
 
 
 def test_segment_is_refilled_completely() -> None:
