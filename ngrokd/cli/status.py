@@ -159,7 +159,8 @@ def _found_problems(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     config = _table(data.get("config"))
     if config.get("problem"):
         first = str(config["problem"]).partition("\n")[0]
-        yield f"the configuration is invalid since {config.get('invalid_since')}: {first}", "ngrokd config validate"
+        when = f"{config.get('invalid_since')} ({since(config.get('invalid_since'))})"
+        yield f"the configuration is invalid since {when}: {first}", "ngrokd config validate"
     for part in ("certificate", "ingress", "hosts", "state_directory", "network"):
         problem = _table(data.get(part)).get("problem")
         if problem:

@@ -45,14 +45,15 @@ def _is_compiled() -> bool:
 
 
 @command("help")
-@click.argument("name", metavar="[COMMAND]", required=False)
-def show_help(_context: Context, name: str | None) -> None:
-    """Print help, on a command where one is named."""
-    root = click.get_current_context().find_root()
-    if name is None:
-        print_lines([root.get_help()])
-        return
-    assert isinstance(root.command, click.Group)
-    _, found, _ = root.command.resolve_command(root, [name])
-    assert found is not None
-    print_lines([found.get_help(click.Context(found, info_name=name, parent=root))])
+@click.argument("names", metavar="[COMMAND]...", nargs=-1)
+def show_help(_context: Context, names: tuple[str, ...]) -> None:
+    """Print help, on a command where one is named, as in "help config set"."""
+    ctx = click.get_current_context().find_root()
+    command: click.Command = ctx.command
+    for name in names:
+        if not isinstance(command, click.Group):
+            raise click.UsageError(f"{command.name} has no commands of its own")
+        _, found, _ = command.resolve_command(ctx, [name])
+        assert found is not None
+        command, ctx = found, click.Context(found, info_name=name, parent=ctx)
+    print_lines([command.get_help(ctx)])

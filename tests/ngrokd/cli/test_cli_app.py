@@ -288,6 +288,13 @@ def test_every_command_can_be_imported_and_takes_the_common_options(cli: Cli, na
     assert cli("help", name).out == cli(name, "--help").out
 
 
+def test_help_goes_into_groups(cli: Cli) -> None:
+    """One level would leave most of it out."""
+    assert cli("help", "config", "set").out.startswith("Usage: ngrokd config set ")
+    assert cli("help", "config", "nonsense").code == 2
+    assert cli("help", "run", "nonsense").err.startswith("error: run has no commands of its own\n")
+
+
 @pytest.mark.parametrize("argument", ["--version", "-version", "-V"])
 def test_the_version_is_one_line(cli: Cli, argument: str) -> None:
     """In the Go daemon's words."""
