@@ -55,7 +55,7 @@ def _document(planned: RunPlan, found: Survey) -> dict[str, object]:
         "steps": planned.steps.as_data(),
         "left_to_you": planned.left.as_data(),
         "conflicts": [obstacle.as_data() for obstacle in found.obstacles],
-        "warnings": list(found.warnings),
+        "warnings": [*found.shadows, *found.unseen],
         "notes": list(planned.notes),
         "running": found.daemon,
     }
@@ -79,7 +79,7 @@ def _text(planned: RunPlan, found: Survey, width: int, *, here: bool) -> Iterato
         yield from _script(planned.left, width)
     said = [
         *(("note", note, "") for note in planned.notes),
-        *(("warning", warning, "") for warning in found.warnings),
+        *(("warning", warning, "") for warning in (*found.shadows, *found.unseen)),
         *(("CONFLICT", obstacle.what, obstacle.remedy) for obstacle in found.obstacles),
     ]
     if said:

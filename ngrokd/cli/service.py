@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from ngrokd.cli.context import Context, command, common_options
+from ngrokd.cli.context import DEFAULT_CONFIG, Context, command, common_options
 from ngrokd.cli.output import clean, fields, paint, print_lines, terminal_width, warn
 from ngrokd.errors import Exit, PermissionMissingError
 
@@ -210,11 +210,14 @@ def _weak_spots(made: Service) -> list[str]:
 
     paths = sysconfig.get_paths()
     packages = {os.path.dirname(package.__file__ or "") for package in (ngrokd, tun)}
-    config = [made.config or "/etc/ngrokd/config.toml", *([made.key_file] if made.key_file else [])]
+    path = made.config or DEFAULT_CONFIG
+    beside = os.path.join(os.path.dirname(path), "conf.d")
+    config = [path, beside, *([made.key_file] if made.key_file else [])]
     files = [made.program[0], sys.executable, paths["stdlib"], *(one for one in config if os.path.exists(one))]
     if made.key_file and not os.path.exists(made.key_file):
         raise click.UsageError(f"there is no file {made.key_file}")
-    return weak_spots(files, {paths["purelib"], paths["platlib"], *packages})
+    trees = {paths["purelib"], paths["platlib"], *packages, *([beside] if os.path.isdir(beside) else [])}
+    return weak_spots(files, trees)
 
 
 def systemd() -> Systemd:

@@ -52,6 +52,7 @@ _COMMANDS: Final[Mapping[str, Sequence[str]]] = {
     "service/state.txt": ("systemctl", "show", "ngrokd"),
     "service/journal.txt": ("journalctl", "-u", "ngrokd", "-n", str(_LOG_LINES), "--no-pager", "-o", "short-iso"),
 }
+_QUESTIONS: Final[Mapping[str, tuple[str, ...]]] = {"list": (), "health": (), "flows": ("ended=1",), "metrics": ()}
 _COPIED: Final = ("/etc/resolv.conf", "/etc/nsswitch.conf", "/etc/os-release", "/proc/version", "/proc/self/limits")
 _PATTERNS: Final = (
     re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL),
@@ -142,9 +143,11 @@ def _members(patient: Patient, findings: Iterable[Finding]) -> Iterator[tuple[st
         plan_run(settings, "macos" if sys.platform == "darwin" else "linux", subnet6=subnet6).whole.shell(),
     )
     if patient.status is not None:
-        for name, command in (("list", "list"), ("health", "health"), ("flows", "flows"), ("logs", "logs")):
+        for name, arguments in _QUESTIONS.items():
             with suppress(NgrokdError):
-                yield f"{name}.json", _json(ask.ask(settings.control.socket, command).data)
+                yield f"{name}.json", _json(ask.ask(settings.control.socket, name, arguments).data)
+        with suppress(NgrokdError):
+            yield "log.jsonl", _log(settings.control.socket)
     yield "hosts.txt", _hosts(settings)
     for name, command_line in _COMMANDS.items():
         if (output := _output_of(command_line)) is not None:
@@ -169,6 +172,12 @@ def _versions() -> dict[str, str]:
         "openssl": ssl.OPENSSL_VERSION,
         "platform": platform.platform(),
     }
+
+
+def _log(socket: str) -> str:
+    """What the daemon keeps of its log, a line of JSON each. Raises NgrokdError."""
+    with ask.Subscription(socket, "logs", (f"lines={_LOG_LINES}",)) as lines:
+        return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def _hosts(settings: Settings) -> str:

@@ -37,6 +37,9 @@ _MARKER: Final = re.compile(rb"^# (BEGIN|END) ngrokd managed section(?: \(([!-'*
 def daemon(patient: Patient) -> Iterator[Finding]:
     """Does one run, and what does it say of itself?"""
     status, socket = patient.status, patient.settings.control.socket
+    if patient.daemon_hidden:
+        yield warn("daemon", f"a daemon listens at {socket}, and this user may not ask it", _SUDO)
+        return
     if patient.daemon_problem:
         yield fail("daemon", patient.daemon_problem, "see its log; restart it if it hangs")
         return
@@ -83,9 +86,10 @@ def rights(patient: Patient) -> Iterator[Finding]:
 
     missing = {right.what: right for right in linux.missing_rights(configure=patient.settings.net.configure)}
     device = missing.pop("/dev/net/tun", None)
-    if not missing or patient.pid:
+    runs = bool(patient.pid) or patient.daemon_hidden
+    if not missing or runs:
         yield ok("rights", "CAP_NET_ADMIN" if not missing else "the daemon that runs has them")
-    for right in missing.values() if not patient.pid else ():
+    for right in missing.values() if not runs else ():
         make = fail if patient.is_root else warn
         yield make("rights", f"{right.what} is missing: {right.reason}", right.remedy)
     if device is None:
@@ -140,20 +144,22 @@ def network(patient: Patient) -> Iterator[Finding]:
     others = [one for one in found.obstacles if one.about != obstacles.ROUTES]
     for one in claims:
         yield fail("routes", one.what, one.remedy)
-    for shadow in found.warnings:
+    for shadow in found.shadows:
         yield warn("routes", shadow, "fine, unless something behind that route is to be reached: then set net.subnet")
-    if not claims and not found.warnings:
+    if not claims and not found.shadows:
         yield ok("routes", f"nobody else has a claim on {settings.net.subnet}")
     for one in others:
         yield fail("instance", one.what, one.remedy, about=one.about)
-    if not others:
+    for unseen in found.unseen:
+        yield warn("instance", unseen, _SUDO)
+    if not others and not found.unseen:
         what = f"interface {settings.net.interface}, {settings.state.directory} and the control socket"
         yield ok("instance", f"{what} are {f'held by {found.daemon}' if found.daemon else 'free'}")
 
 
 def leftovers(patient: Patient) -> Iterator[Finding]:
     """What a daemon that was killed left."""
-    if patient.status is not None or patient.daemon_problem:
+    if patient.status is not None or patient.daemon_problem or patient.daemon_hidden:
         return
     try:
         residue.check_nobody_lives(patient.settings)

@@ -48,30 +48,33 @@ class Survey:
 
     Attributes:
         obstacles: `run` would refuse to start.
-        warnings: it would start; sentences.
+        shadows: wider routes that lose the subnet to us, which may be wanted or not; sentences.
+        unseen: what could not be looked at from here, and why; sentences.
         daemon: who runs already with this very configuration, in words; "" when nobody does.
     """
 
     obstacles: tuple[Obstacle, ...] = ()
-    warnings: tuple[str, ...] = ()
+    shadows: tuple[str, ...] = ()
+    unseen: tuple[str, ...] = ()
     daemon: str = ""
 
 
 @dataclass(slots=True)
 class _Found:
     obstacles: list[Obstacle] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    shadows: list[str] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
 
 
 def survey(settings: Settings, plan: RunPlan) -> Survey:
-    """Look at this machine. Raises nothing for what cannot be seen from here: that becomes a warning."""
+    """Look at this machine. Raises nothing for what cannot be seen from here: that is said."""
     found = _Found()
     daemon = running_daemon(settings)
     _look_at_routes(plan, found)
     if not daemon:
         for obstacle in _holders(settings, found):
             found.obstacles.append(obstacle)
-    return Survey(tuple(found.obstacles), tuple(found.warnings), daemon)
+    return Survey(tuple(found.obstacles), tuple(found.shadows), tuple(found.unseen), daemon)
 
 
 def running_daemon(settings: Settings) -> str:
@@ -79,13 +82,13 @@ def running_daemon(settings: Settings) -> str:
 
     The Go daemon holds neither, and so is somebody else. Where neither can be seen, the socket alone decides.
     """
+    holders = [process_name(pid) for pid in _pids(settings)]
     try:
         owner = socket_owner(settings.control.socket)
     except PermissionMissingError:
-        return ""
+        return holders[0] if holders else ""  # there is one, and whose else would the socket be
     if owner is None:
         return ""
-    holders = [process_name(pid) for pid in _pids(settings)]
     can_be_seen = sys.platform == "linux" or os.access(_lock_path(settings), os.R_OK)
     return owner if owner in holders or not can_be_seen else ""
 
@@ -112,9 +115,9 @@ def _look_at_routes(plan: RunPlan, found: _Found) -> None:
             for conflict in judgement.conflicts:
                 remedy = conflict.remedy or linux.other_subnet(subnet)
                 found.obstacles.append(Obstacle(ROUTES, f"{subnet} is taken: {conflict}", remedy))
-            found.warnings += [f"{shadow} is wider than {subnet} and loses it to us" for shadow in judgement.shadows]
+            found.shadows += [f"{shadow} is wider than {subnet} and loses it to us" for shadow in judgement.shadows]
     except NgrokdError as error:
-        found.warnings.append(f"routes could not be looked at: {error}")
+        found.unseen.append(f"routes could not be looked at: {error}")
 
 
 def _holders(settings: Settings, found: _Found) -> Iterator[Obstacle]:
@@ -123,7 +126,7 @@ def _holders(settings: Settings, found: _Found) -> Iterator[Obstacle]:
     try:
         owner = socket_owner(settings.control.socket)
     except PermissionMissingError as error:
-        found.warnings.append(str(error))
+        found.unseen.append(str(error))
     else:
         if owner is not None:
             what = f"the control socket {settings.control.socket} belongs to {owner}"
@@ -148,14 +151,14 @@ def _interface(settings: Settings, found: _Found) -> Iterator[Obstacle]:
     except TakenError as error:
         yield Obstacle(INTERFACE, str(error), error.remedy)
     except NgrokdError as error:
-        found.warnings.append(f"interface {interface} could not be looked at: {error}")
+        found.unseen.append(f"interface {interface} could not be looked at: {error}")
 
 
 def _state(settings: Settings, found: _Found) -> Iterator[Obstacle]:
     try:
         owner = files.lock_owner(_lock_path(settings))
     except StateError as error:
-        found.warnings.append(str(error))
+        found.unseen.append(str(error))
         return
     if owner is not None:
         what = f"the state directory {settings.state.directory} belongs to {owner}"

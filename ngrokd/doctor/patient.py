@@ -11,7 +11,7 @@ from typing import Any
 from ngrokd import ask
 from ngrokd.config import Settings
 from ngrokd.endpoints import Credentials, Endpoint
-from ngrokd.errors import NgrokdError, NotRunningError
+from ngrokd.errors import NgrokdError, NotRunningError, PermissionMissingError
 
 
 @dataclass(slots=True)
@@ -25,6 +25,7 @@ class Patient:
         is_root: what is forbidden to others is not forbidden to us.
         status: what the daemon says of itself; None where none answers.
         daemon_problem: why it does not answer although it is there, or "".
+        daemon_hidden: one is there, and this user may not ask it.
         operator_id, credentials: from the state directory.
         ingress_endpoint: HOST:PORT as the API told it, "" where it has not.
         endpoints: those bound to the operator; None where nobody knows.
@@ -37,6 +38,7 @@ class Patient:
     is_root: bool = field(default_factory=lambda: os.geteuid() == 0)
     status: dict[str, Any] | None = None
     daemon_problem: str = ""
+    daemon_hidden: bool = False
     operator_id: str = ""
     credentials: Credentials | None = None
     ingress_endpoint: str = ""
@@ -48,6 +50,9 @@ class Patient:
         try:
             data = ask.ask(self.settings.control.socket, "status").data
         except NotRunningError:
+            return
+        except PermissionMissingError:
+            self.daemon_hidden = True
             return
         except NgrokdError as error:
             self.daemon_problem = str(error)

@@ -131,8 +131,6 @@ def _check_unheld(interface: str) -> None:
 
 
 def _hosts(settings: Settings, notes: list[str]) -> Iterator[Piece]:
-    if not settings.hosts.enabled:
-        return
     path, subnet = settings.hosts.path, IPv4Network(settings.net.subnet)
     subnet6, _ = expected_subnet6(settings, here=False)
     subnets = (subnet,) if subnet6 is None else (subnet, subnet6)

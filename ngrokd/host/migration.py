@@ -178,6 +178,8 @@ def _answering(path: str) -> tuple[str, int]:
         return path, 0  # closed to us, or mute: not known to be one
     if not isinstance(status, dict) or "registered" not in status or "version" in status:
         return path, 0
+    if sys.platform != "linux":
+        return path, 0
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -172,3 +173,30 @@ def test_a_second_daemon_for_the_same_account(stage: Callable[..., Stage]) -> No
     taken = [one for one in json.loads(run.stdout)["data"]["findings"] if one["check"] == "instance"]
     assert {one["facts"]["about"] for one in taken} == {"interface", "state", "http"}
     assert all(f"process {daemon.pid}" in one["summary"] for one in taken)
+
+
+def test_a_user_who_may_not_ask_and_an_archive_of_a_daemon_that_runs(stage: Callable[..., Stage]) -> None:
+    """What cannot be seen is no fault; and the archive has what the daemon says of itself, its key nowhere."""
+    play = stage()
+    daemon = play.start()
+    socket = {"NGROKD_SOCKET": f"{play.directory}/ngrokd.sock"}
+    nobody = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
+    archive = play.directory / "report.tar.gz"
+
+    asked = play.ns.run([*nobody, sys.executable, "-m", "ngrokd", "doctor", "--json"], env=socket, check=False)
+    play.ngrokd("--config", play.lab.config, "doctor", "--bundle", str(archive))
+
+    findings = {one["check"]: one for one in json.loads(asked.stdout)["data"]["findings"]}
+    assert findings["daemon"]["level"] == "warn"
+    assert "may not ask" in findings["daemon"]["summary"]
+    assert findings["instance"]["level"] == "ok"
+    assert f"process {daemon.pid}" in findings["instance"]["summary"]
+    with tarfile.open(archive) as opened:
+        held = {member.name.rpartition("/")[2]: opened.extractfile(member) for member in opened}
+        texts = {name: file.read().decode() for name, file in held.items() if file is not None}
+    assert json.loads(texts["status.json"])["pid"] == daemon.pid
+    assert "endpoints" in texts["log.jsonl"]
+    assert json.loads(texts["list.json"])[0]["hostname"].endswith(".demo")
+    assert "ngrokd0" in texts["links.txt"]
+    key = (play.directory / "state/tls.key").read_text().splitlines()[1]
+    assert not any(secret in text for text in texts.values() for secret in (play.lab.facts["api_key"], key))

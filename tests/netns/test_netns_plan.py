@@ -132,7 +132,7 @@ def test_a_plan_needs_no_rights_and_names_who_is_in_the_way(stage: Callable[...,
     play = stage()
     play.ns.run(["ip", "link", "add", "br-1234", "type", "bridge"])
     play.ns.run(["ip", "addr", "add", "10.107.3.1/24", "dev", "br-1234"])
-    play.ns.run(["ip", "link", "set", "br-1234", "up"])
+    play.ns.run(["ip", "link", "set", "br-1234", "addrgenmode", "none", "up"])
     squat = "import socket, time; s = socket.create_server(('127.0.0.1', 8081)); print('on'); time.sleep(60)"
     squatter = play.ns.start([sys.executable, "-u", "-c", squat])
     squatter.expect("on")
@@ -177,6 +177,7 @@ def test_cleanup_after_sigkill_leaves_the_machine_as_it_was(stage: Callable[...,
     play = stage("--set", 'net.subnet6="fd00:107::/64"')
     play.ns.write_file("/etc/hosts", play.hosts() + FOREIGN_LINES)
     play.ns.run(["ip", "link", "add", "foreign0", "type", "bridge"])
+    play.ns.run(["ip", "link", "set", "foreign0", "addrgenmode", "none"])
     play.ns.run(["ip", "addr", "add", "192.0.2.9/24", "dev", "foreign0"])
     play.ns.run(["ip", "route", "add", "unreachable", "198.51.100.0/24", "metric", "4278198272"])
     hosts, before = play.hosts(), play.network()
