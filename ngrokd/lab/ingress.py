@@ -406,6 +406,7 @@ class _Served(HalfCloseableStream):
         self._left = toxics.after_bytes
         self._held = b""
         self._received_eof = False
+        self._receiving = False
         self._sliced = False  # a slice was sent: the next one waits
 
     def give_back(self, surplus: bytes) -> None:
@@ -442,10 +443,13 @@ class _Served(HalfCloseableStream):
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         if self._held:  # a back end that waits for its client has no bytes to put behind the header
             await self._send(memoryview(b""))
+        self._receiving = True
         try:
             view = await (self._receive_and_drain() if self.stream.backlog else self.stream.receive_view())
         except StreamTruncated as error:
             raise trio.BrokenResourceError(str(error)) from error
+        finally:
+            self._receiving = False
         if max_bytes is not None and len(view) > max_bytes:
             self.stream.unread(view[max_bytes:])
             view = view[:max_bytes]
@@ -525,6 +529,8 @@ class _Served(HalfCloseableStream):
             while view:
                 view = view[stream.send_nowait([view]) :]
                 await stream.wait_sendable()
+            if self._receiving:  # the task that receives does not see what this one leaves behind
+                await stream.drain()
         except StreamTruncated as error:
             raise trio.BrokenResourceError(str(error)) from error
         await trio.lowlevel.checkpoint()

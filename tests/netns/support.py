@@ -68,11 +68,7 @@ def missing_for_namespaces() -> str:
     """Why no namespace with a TUN device can be made here, one sentence; "" when one can."""
     if sys.platform != "linux":
         return "network namespaces need Linux"
-    tools = [
-        tool
-        for tool in ("curl", "ip", "mount", "nsenter", "unshare")
-        if shutil.which(tool, path=_environment()["PATH"]) is None
-    ]
+    tools = [tool for tool in ("curl", "ip", "mount", "nsenter", "unshare") if find_tool(tool) is None]
     if tools:
         return f"these tools are missing: {', '.join(tools)}"
     if not os.path.exists("/dev/net/tun"):
@@ -92,9 +88,24 @@ def require_namespaces() -> None:
 
     There, a test that silently does not run is worse than one that fails.
     """
-    if reason := missing_for_namespaces():
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
+    _require(missing_for_namespaces())
+
+
+def find_tool(name: str) -> str | None:
+    """The path of a program as it is found inside, None where it is not installed."""
+    return shutil.which(name, path=_environment()["PATH"])
+
+
+def require_tools(*names: str) -> None:
+    """Skip the test where one of these programs is not installed, but fail it when CI=true: .ci/run installs them."""
+    missing = [name for name in names if find_tool(name) is None]
+    _require(f"these tools are missing: {', '.join(missing)}" if missing else "")
+
+
+def _require(reason: str) -> None:
+    if reason and os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    if reason:
         pytest.skip(reason)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from random import Random
 import pytest
 import trio
 
-from tests.netns.support import Namespace
+from tests.netns.support import Namespace, require_tools
 from tests.netns.test_netns_stack import digest, echo, exchange, world
 from tests.replay.packets import parse_tcp
 from tests.replay.player import Player, load
@@ -76,8 +75,7 @@ async def test_a_whole_capture_is_what_was_said(netns: Callable[[], Namespace], 
 
 async def test_wireshark_finds_nothing_wrong(netns: Callable[[], Namespace], tmp_path: Path) -> None:
     """Neither with the packets nor with the conversation."""
-    if shutil.which("tshark") is None:
-        pytest.skip("tshark is not installed (apt-get install tshark)")
+    require_tools("tshark")
     path = await _capture_of(netns(), tmp_path, Random(3).randbytes(1_000_000))
     wrong = (
         "_ws.malformed || ip.checksum.status == 0 || tcp.checksum.status == 0 || tcp.analysis.retransmission "
