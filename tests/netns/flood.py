@@ -11,7 +11,8 @@ The kinds differ in who sends, and to whom:
     own       this host's address, ports and numbers at random: what root, or a container with NET_RAW, can send
     guest     one address that net.allow_sources lets in
     guests    65,534 such addresses
-    again     this host's address, 2,000 SYNs that are sent over and over, as if everybody tried again
+    again     this host's address, 2,000 SYNs that are sent over and over
+    patient   this host's address, each SYN sent again after a second, as kernels do
     connect   an ordinary user's sockets, each closed at once, so that its SYN is the kernel's own: as many as it can
     closed    this host's address, to ports where nothing is served
     nobody    this host's address, to addresses that nobody has
@@ -43,7 +44,7 @@ from tests.netns.stage import Stage
 from tests.netns.support import Namespace, Running, missing_for_namespaces, open_namespace
 from tun.wire.tcp import SYN, build_tcp
 
-KINDS: Final = ("own", "guest", "guests", "again", "connect", "closed", "nobody")
+KINDS: Final = ("own", "guest", "guests", "again", "patient", "connect", "closed", "nobody")
 RAW_KINDS: Final = tuple(kind for kind in KINDS if kind != "connect")
 APP: Final = "10.107.0.1"
 GUEST: Final = "172.16.0.1"
@@ -82,9 +83,13 @@ class _Message(ctypes.Structure):
 
 
 class RawSyns:
-    """SYNs of one kind, put onto a link by a packet socket, a batch with each call of `send`."""
+    """SYNs of one kind, put onto a link by a packet socket, a batch with each call of `send`.
 
-    def __init__(self, interface: str, kind: str, target: str, port: int, seed: int) -> None:
+    Args:
+        repeat: those that are sent over and over are so many.
+    """
+
+    def __init__(self, interface: str, kind: str, target: str, port: int, seed: int, repeat: int = 2000) -> None:
         self._random = random.Random(seed)
         self._kind = kind
         self._source = socket.inet_aton(GUEST if kind in ("guest", "guests") else APP)
@@ -103,7 +108,7 @@ class RawSyns:
             self._vectors[index].length = 40
             self._messages[index].header.vectors = ctypes.pointer(self._vectors[index])
             self._messages[index].header.vector_count = 1
-        self._known = [self._numbers() for _ in range(2000)] if kind == "again" else []
+        self._known = [self._numbers() for _ in range(repeat)] if kind in ("again", "patient") else []
         self._next = 0
 
     def close(self) -> None:
@@ -179,7 +184,11 @@ class KernelSyns:
 
 def generate(kind: str, target: str, port: int, rate: float, seconds: float, seed: int) -> None:
     """Send for so long at this rate, and say how many packets that were."""
-    flood = KernelSyns(target, port) if kind == "connect" else RawSyns("ngrokd0", kind, target, port, seed)
+    flood: KernelSyns | RawSyns
+    if kind == "connect":
+        flood = KernelSyns(target, port)
+    else:
+        flood = RawSyns("ngrokd0", kind, target, port, seed, 2000 if kind == "again" else int(rate))
     sent = tried = 0
     began = time.monotonic()
     sys.stdout.write("flooding\n")

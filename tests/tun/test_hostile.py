@@ -178,9 +178,18 @@ def test_a_flood_of_syns_from_everywhere_leaves_room_for_this_host() -> None:
 
 
 def test_one_guest_leaves_room_for_the_others() -> None:
-    """What guests share, one of them has two thirds of at most, though each of its SYNs come again and again."""
+    """What guests share, one of them has two thirds of at most, though each of its SYNs comes again and again."""
     wire = Wire(tuned(undecided=900))
     one, other = b"\xac\x10\0\x01", b"\xac\x10\0\x02"
+    for port in range(1, 401):
+        wire.give(segment(port, 0, SYN, source=one))
+    for port in range(1, 101):
+        wire.give(segment(port, 0, SYN, source=other))
+    assert wire.stack._table.others.by_source == {one: 400, other: 100}
+
+    wire.give(segment(401, 0, SYN, source=one))
+    for flow in list(wire.stack._table.others.flows.values()):
+        wire.stack.refuse(flow, wire.now)
     for _ in range(3):
         for port in range(1, 1000):
             wire.flood(segment(port, 0, SYN, source=one))
@@ -189,7 +198,7 @@ def test_one_guest_leaves_room_for_the_others() -> None:
         wire.now += 1.0
     wire.check()
 
-    assert wire.stack._table.others.by_source == {one: 400, other: 100}
+    assert wire.stack._table.others.by_source == {one: 50, other: 25}
 
 
 def test_half_open_flows_of_a_flood_push_out_each_other() -> None:

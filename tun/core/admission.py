@@ -16,7 +16,9 @@ name of greylisting.) It costs who means well one second, so it must begin only 
   * those who already wait, beyond the first few, go back to being noted, unless they have come again meanwhile. They
     hear nothing of it: silence is what they would have got from a queue that drops, and their SYN comes again;
   * a noted SYN that comes again too soon was not sent by a kernel, and is noted anew;
-  * it ends when, in a turn of a few seconds, few were noted or most of them came again: then they were real.
+  * it ends when, in a turn of a few seconds, few were noted or most of them came again: then they were real;
+  * a flood that is as patient as a kernel gets what share it has of those who are let in. This host's programs have all
+    their places meanwhile; strangers have few, so that their dials do not fill the queue in front of all others'.
 
 Nothing of this is stateless: what is noted is bounded by TURN_NOTES twice, 110 bytes each, and gone with the pressure.
 """
@@ -116,22 +118,29 @@ class Waiting:
         """
         if now >= self.turn_at:
             self.turn(now)
-        reason = ""
-        if others_full or (not self._source_places and len(self.flows) >= self._places):
+        reason = self._is_full(source)
+        if others_full:
             reason = "undecided_limit"
-        elif self._source_places and (
-            len(self.flows) >= self._places or self.by_source.get(source, 0) >= self._source_places
-        ):
-            reason = "source_limit"
         if not self.pressed:
             if not reason and not self._is_slow(now):
                 return ""
             self._press(now)
+            reason = reason or self._is_full(source)
         if not self._came_again(name, now):
             return "first_try"
         if not reason:
             self._forget(name)
         return reason
+
+    def _is_full(self, source: bytes) -> str:
+        """Why there is no place for a request of `source`, or ""."""
+        waiting = len(self.flows)
+        if not self._source_places:
+            return "undecided_limit" if waiting >= self._places else ""
+        places, of_source = self._places, self._source_places
+        if self.pressed and self._few < places:
+            places, of_source = self._few, max(self._few * 2 // 3, 1)
+        return "source_limit" if waiting >= places or self.by_source.get(source, 0) >= of_source else ""
 
     def turn(self, now: float) -> None:
         """A turn is over: begin the next one, or end the pressure."""
