@@ -434,8 +434,10 @@ class Daemon:
             finally:
                 # Names go first, while connections to them are still refused politely. All that writes them has ended,
                 # what it had in a thread included.
+                # A reload could write them again; none begins any more.
                 with trio.CancelScope(shield=True):
-                    await self.machine.run_sync(self.discovery.withdraw)
+                    async with self.reloader.one_at_a_time:
+                        await self.machine.run_sync(self.discovery.withdraw)
             self._draining = True
             self.plane.drain(0.0 if self._stop_now else self.settings.net.drain_s)
             await self._plane_ended.wait()
@@ -616,9 +618,7 @@ class Daemon:
                     log.info("got %s", signal.Signals(number).name)
                     self.stop()
                 elif self._serving:
-                    # A wrong configuration has been logged, and the old one goes on.
-                    with contextlib.suppress(NgrokdError):
-                        await self.reload()
+                    self._nursery.start_soon(self._try_reload)  # while it reads, a signal may say to stop
 
     # What the data plane reports
 
@@ -853,9 +853,17 @@ class Daemon:
             log.warning("these changes need a restart: %s", ", ".join(restart))
         return outcome
 
+    async def _try_reload(self) -> None:
+        """For whoever hears nothing of it: a wrong configuration has been logged, and the old one goes on."""
+        with contextlib.suppress(NgrokdError):
+            await self.reload()
+
     async def _apply(self, settings: Settings, outcome: Outcome) -> None:
         """Let this configuration hold, of which only live keys differ. What can fail comes first."""
-        anchors, context = self._anchors(settings), _api_context(settings)
+        if self._stopping.is_set():
+            raise ControlError("the daemon is stopping", code=Exit.TEMPORARY)
+        anchors = await self.machine.run_sync(self._anchors, settings)
+        context = await self.machine.run_sync(_api_context, settings)
         if "http.listen" in outcome.live:
             await self._move_web(settings.http.listen)
         for warning in settings.warnings:

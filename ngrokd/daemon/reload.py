@@ -96,6 +96,7 @@ class Reloader:
         problem_since: wall clock, Unix seconds; 0 when there is no problem.
         loaded_at: when what runs was read, wall clock.
         needs_restart: keys whose value waits for the next start.
+        one_at_a_time: held while a configuration is read and applied.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class Reloader:
         self._run_sync = run_sync
         self._wall = wall
         self._mark: Mark = ()
-        self._one_at_a_time = trio.Lock()
+        self.one_at_a_time = trio.Lock()
 
     async def reload(self, apply: Callable[[Settings, Outcome], Awaitable[None]]) -> Outcome:
         """Read the configuration and have it applied.
@@ -127,7 +128,7 @@ class Reloader:
 
         Raises: NgrokdError, when it is wrong or cannot be applied; then what ran before goes on.
         """
-        async with self._one_at_a_time:
+        async with self.one_at_a_time:
             self._mark = await self._look()  # what is written from now on is another change
             try:
                 fresh: Settings = await self._run_sync(self.read)

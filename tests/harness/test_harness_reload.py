@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -427,6 +428,30 @@ async def test_a_wrong_file_is_a_problem_until_it_is_mended(world: World, autoju
         shown = daemon.status()["config"]
         assert isinstance(shown, dict)
         assert (shown["problem"], shown["invalid_since"], shown["needs_restart"]) == ("", None, ["net.mtu"])
+
+
+async def test_a_reload_during_the_end_brings_no_name_back(world: World, autojump_clock: MockClock) -> None:
+    """One that is under way is waited for; one that comes later is refused."""
+    before = world.hosts.read_text()
+    async with world.running(net={"drain": "60s"}) as daemon:
+        await daemon.ready.wait()
+        stream = await world.apps.connect((world.named()["echo.demo"], 7))
+
+        async def reload() -> None:
+            with contextlib.suppress(NgrokdError):  # it may be early or late
+                await rewrite(world, daemon)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reload)
+            await trio.lowlevel.checkpoint()
+            daemon.stop()
+        await trio.sleep(1)
+        assert world.hosts.read_text() == before
+        with pytest.raises(NgrokdError, match="stopping"):
+            await rewrite(world, daemon, hosts={"enabled": False})
+        assert world.hosts.read_text() == before
+        await stream.aclose()
+    assert world.hosts.read_text() == before
 
 
 async def test_the_log_listens_to_a_reload(world: World, autojump_clock: MockClock, tmp_path: Path) -> None:
