@@ -29,6 +29,16 @@ _WHEN: Final = {
 }
 
 
+def _complete_key(_ctx: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+    """What a shell offers for a key: the section first, then its keys."""
+    from ngrokd.config import all_keys
+
+    found = [key for key in all_keys() if key.startswith(incomplete)]
+    if "." in incomplete or len(found) <= 1:
+        return found
+    return sorted({key.partition(".")[0] + "." for key in found})
+
+
 class OrderedGroup(click.Group):
     """Commands in the order in which they were added."""
 
@@ -116,7 +126,7 @@ def _line(settings: Settings, leaf: Leaf) -> str:
 
 
 @command("config get")
-@click.argument("key")
+@click.argument("key", shell_complete=_complete_key)
 @setting_option
 def get(context: Context, key: str) -> None:
     """Print the value of one key.
@@ -199,7 +209,7 @@ def init(context: Context, to_stdout: bool) -> None:
 
 
 @command("config set", epilog='A list: "config set api.selectors A B", or as in TOML, \'["A", "B"]\'.')
-@click.argument("key")
+@click.argument("key", shell_complete=_complete_key)
 @click.argument("values", metavar="VALUE...", nargs=-1)
 @click.option("--stdin", "from_stdin", is_flag=True, help="Read the value from standard input.")
 def set_(context: Context, key: str, values: tuple[str, ...], from_stdin: bool) -> None:
@@ -225,7 +235,7 @@ def set_(context: Context, key: str, values: tuple[str, ...], from_stdin: bool) 
 
 
 @command("config unset")
-@click.argument("key")
+@click.argument("key", shell_complete=_complete_key)
 def unset(context: Context, key: str) -> None:
     """Remove one key from the file.
 

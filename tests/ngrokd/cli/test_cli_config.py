@@ -13,11 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import tomli
 
 from ngrokd import config
 from ngrokd.cli.app import COMMANDS, invoke
+from ngrokd.cli.config import config as config_group
 from ngrokd.cli.editor import find_editor
 from ngrokd.config.manual import commented_file, json_schema
 from ngrokd.config.schema import schema
@@ -210,6 +212,18 @@ def test_validate_says_ok_and_warns(cli: Cli, folder: Path, file: Path) -> None:
 def test_schema_is_the_one_that_is_shipped(cli: Cli) -> None:
     assert json.loads(cli("config", "schema").out) == json_schema()
     assert cli("config", "schema", "--json").document()["data"] == json_schema()
+
+
+@pytest.mark.parametrize(
+    ("incomplete", "found"),
+    [("po", ["pool."]), ("pool.m", ["pool.max", "pool.max_age"]), ("x", []), ("log.l", ["log.level"])],
+)
+def test_keys_are_completed(incomplete: str, found: list[str]) -> None:
+    """Section by section."""
+    for name in ("get", "set", "unset"):
+        [argument] = [each for each in config_group.commands[name].params if each.name == "key"]
+        context = click.Context(config_group.commands[name])
+        assert [item.value for item in argument.shell_complete(context, incomplete)] == found
 
 
 # Changing
