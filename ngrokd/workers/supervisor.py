@@ -114,6 +114,9 @@ ANSWER_S: Final = 2.0
 STABLE_S: Final = 5.0
 PAUSE_FIRST_S: Final = 0.05
 PAUSE_MOST_S: Final = 5.0
+# What a worker may say before it is taken for somebody else: pieces of an answer (a listing of a million flows), flows.
+MOST_ANSWERS: Final = 5000
+MOST_FLOWS: Final = 1_000_000
 # Beyond the time the flows have, for those that end by themselves; then they are ended.
 DRAIN_GRACE_S: Final = 3.0
 # For the end of a process by itself, when its socket has ended, and after SIGKILL.
@@ -142,6 +145,7 @@ class _Asked:
     question: Question
     answers: list[Message] = field(default_factory=list)
     done: Done | None = None
+    sent: trio.Event = field(default_factory=trio.Event)
     over: trio.Event = field(default_factory=trio.Event)
 
 
@@ -197,6 +201,7 @@ class _Worker:
         """Nothing comes any more: whoever waits for it goes on."""
         self._gone = True
         for asked in [*self._open.values(), *(asked for _, asked in self._questions)]:
+            asked.sent.set()
             asked.over.set()
 
     def wake(self) -> None:
@@ -207,6 +212,7 @@ class _Worker:
         """Ask after all that is to be told now. Whoever no longer waits for the answer says so with `forget`."""
         asked = _Asked(question)
         if self._gone:
+            asked.sent.set()
             asked.over.set()
         else:
             self._questions.append((self._plane.next_number(), asked))
@@ -249,10 +255,15 @@ class _Worker:
                 for number, asked in questions:
                     self._open[number] = asked
                     await self._channel.send(encode(asked.question, number))
+                    asked.sent.set()
                 await self._news.wait()
 
     async def _tell_device(self) -> None:
         generation, queue = self._plane.queue(self.index)
+        while queue.fileno() < 0:  # it was closed, and another one is being made
+            self._news = trio.Event()
+            await self._news.wait()
+            generation, queue = self._plane.queue(self.index)
         if generation != self._device:
             self._device = generation
             attach = Attach(queue.name, queue.mtu, queue.offload)
@@ -301,6 +312,8 @@ class _Worker:
             asked = self._open.get(number)
             if asked is not None:
                 asked.answers.append(message)
+                if len(asked.answers) > MOST_ANSWERS:
+                    raise BadMessage("an answer without an end")
         else:
             self._note(message)
 
@@ -326,7 +339,9 @@ class _Worker:
             case DeviceLost():
                 self._plane.device_lost(self._device, printable(message.message))
             case Said(level, logger, text):
-                logging.getLogger(printable(logger, 60)).log(level, "worker %d: %s", self.index, text)
+                # Only loggers that exist: they are never forgotten.
+                known = logging.getLogger(logger) if logger in logging.Logger.manager.loggerDict else log
+                known.log(max(logging.DEBUG, min(level, logging.ERROR)), "worker %d: %s", self.index, text)
             case Lost(reports):
                 log.warning("%d reports of worker %d were lost, because this process was too slow", reports, self.index)
             case Drained():
@@ -341,6 +356,8 @@ class _Worker:
         self.highest = max(self.highest, event.flow)
         if event.kind == OPENED:
             self.live[event.flow] = event
+            if len(self.live) > MOST_FLOWS:
+                raise BadMessage("more connections than there can be")
         elif event.kind == CLOSED:
             self.live.pop(event.flow, None)
         return event
@@ -431,8 +448,13 @@ class WorkersPlane:
             self._wake()
 
     def device_lost(self, generation: int, message: str) -> None:
-        """A worker has lost its queue. The daemon is told once for all of them."""
+        """A worker has lost its queue. The daemon is told once for all of them, if it is true.
+
+        Raises BadMessage: making another device ends all connections on one that is still there.
+        """
         if generation == self._generation and generation != self._lost_generation:
+            if not self._queues[0].is_gone():
+                raise BadMessage(f"a device that is not lost ({message})")
             self._lost_generation = generation
             self._report(DeviceLost(message))
 
@@ -457,8 +479,10 @@ class WorkersPlane:
             worker.wake()
 
     async def in_force(self) -> None:
-        """Wait until all workers that run have heard all, and said how they are. One that does not answer is not
-        waited for, for longer than ANSWER_S: it is stuck, and will be replaced by one that knows.
+        """Wait until all workers that run have heard all, and said how they are.
+
+        One that has been told all and does not answer is waited for ANSWER_S: it is stuck, and will be replaced by one
+        that knows.
         """
         await self._ask_all(AskCounts(), Counts)
 
@@ -472,7 +496,8 @@ class WorkersPlane:
             self._queues = _open_queues(as_queued(device), self._count)
         except DeviceError as error:  # it is gone again
             self._queues = [as_queued(device)] * self._count
-            self.device_lost(self._generation, str(error))
+            self._lost_generation = self._generation
+            self._report(DeviceLost(str(error)))
         self._wake()
 
     def drain(self, seconds: float) -> None:
@@ -586,6 +611,8 @@ class WorkersPlane:
     async def _ask(self, worker: _Worker, question: Question, kind: type[AnswerT], wait_s: float) -> list[AnswerT]:
         asked = worker.ask(question)
         try:
+            with trio.move_on_after(PATIENCE_S):  # 65,000 endpoints may be on their way before it
+                await asked.sent.wait()
             with trio.move_on_after(wait_s):
                 await asked.over.wait()
         finally:

@@ -152,7 +152,9 @@ def test_the_main_job_is_done_by_both(stage: Callable[..., Stage]) -> None:
     assert many.stdout.split() == ["1000000"] * 20
     # 82 connections by a hash: that one worker gets fewer than 10 happens once in 10**13 times.
     accepted = [worker["accepted"] for worker in status["workers"]]
-    assert sum(accepted) == 82 == status["counters"]["relay.accepted"]
+    assert (
+        sum(accepted) == status["counters"]["relay.accepted"] >= 82
+    )  # curl tries a second address when the first is slow
     assert min(accepted) >= 10, accepted
     assert status["flows"] == 60 == sum(worker["flows"] for worker in status["workers"])
     assert status["state"] == "ready"

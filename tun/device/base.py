@@ -129,6 +129,10 @@ class QueuedDevice(Device, Protocol):
         """The descriptor, which stays the device's; -1 after `close`. See `adopt_device`."""
         ...
 
+    def is_gone(self) -> bool:
+        """Whether the link was deleted, or this queue closed; asked of the operating system, no packet is taken."""
+        ...
+
     def extra_queue(self) -> QueuedDevice:
         """One more queue of the same link.
 

@@ -199,6 +199,14 @@ class LinuxTun:
         except trio.ClosedResourceError:
             raise self._closed() from None
 
+    def is_gone(self) -> bool:
+        """Whether the interface was deleted, or this queue closed; see `QueuedDevice.is_gone`."""
+        try:
+            fcntl.ioctl(self._fd, TUNGETIFF, bytes(_IFREQ.size))
+        except (OSError, ValueError):  # EBADFD; and -1 is no descriptor
+            return True
+        return False
+
     def extra_queue(self) -> LinuxTun:
         """Attach another queue to this interface: a descriptor that sees its own share of the flows.
 

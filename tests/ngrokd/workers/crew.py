@@ -85,6 +85,9 @@ class MemoryQueue(Handle):
     def fileno(self) -> int:
         return self._descriptor
 
+    def is_gone(self) -> bool:
+        return self._link.deleted or self._descriptor < 0
+
     def extra_queue(self) -> MemoryQueue:
         self._open()
         return self._link.open_queue()
@@ -109,6 +112,7 @@ class MemoryLink:
         self.devices: list[MemoryDevice] = []
         self.app_sides: list[MemoryDevice] = []
         self.queues: list[MemoryQueue] = []
+        self.deleted = False
 
     def open_queue(self) -> MemoryQueue:
         device, app_side = memory_pair(names=(self.name, f"app{len(self.devices)}"))
@@ -119,6 +123,7 @@ class MemoryLink:
 
     def delete(self) -> None:
         """Somebody deletes the link."""
+        self.deleted = True
         for device in self.devices:
             device.delete()
 

@@ -6,7 +6,7 @@ import io
 import logging
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from ipaddress import IPv4Address
 from itertools import pairwise
 from typing import Any
@@ -44,6 +44,7 @@ from ngrokd.workers.messages import (
     FROM_WORKER,
     MOST_FROM_WORKER,
     AskCounts,
+    AskFlows,
     BadMessage,
     Begin,
     Commit,
@@ -54,6 +55,7 @@ from ngrokd.workers.messages import (
     End,
     Entries,
     Failed,
+    Flows,
     Hello,
     Lost,
     Said,
@@ -453,8 +455,9 @@ async def test_a_worker_of_another_version_is_not_used(autojump_clock: MockClock
         b"\x00\x00\x00\x01\xc1",
         encode(Truth(True)),  # an answer that nobody asked for
         encode(CaFound(b"no certificate at all")),
+        encode(DeviceLost("but it is there")),  # another one would end the connections of all
     ],
-    ids=["length", "content", "answer", "ca"],
+    ids=["length", "content", "answer", "ca", "device"],
 )
 async def test_a_worker_that_talks_junk_is_replaced(junk: bytes, autojump_clock: MockClock) -> None:
     listener = Listener()
@@ -468,7 +471,7 @@ async def test_a_worker_that_talks_junk_is_replaced(junk: bytes, autojump_clock:
 
         assert process.code is not None
         assert len(play.crew.times(0)) == 2
-        assert not [report for report in play.reports if isinstance(report, CaFound)]
+        assert not [report for report in play.reports if isinstance(report, CaFound | DeviceLost)]
 
 
 async def test_junk_before_hello_is_junk(autojump_clock: MockClock) -> None:
@@ -499,6 +502,31 @@ async def test_what_a_worker_says_is_shown_without_tricks(
         assert play.plane.ingress_problem == "no\\x1b[2Jthing"
         assert "worker 0: a line" in caplog.text
         assert "7 reports of worker 0 were lost" in caplog.text
+
+
+async def test_a_worker_without_measure_is_replaced(autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it says fills our memory, not its own."""
+    monkeypatch.setattr(supervisor, "MOST_ANSWERS", 10)
+    monkeypatch.setattr(supervisor, "MOST_FLOWS", 10)
+
+    async def floods(channel: Channel) -> None:
+        await say(channel, Hello(__version__, 1))
+        while (received := await channel.receive()) is not None:
+            if isinstance(received[1], AskCounts):
+                await channel.send(encode(Counts({}, {}, ""), received[0]) + encode(Done(), received[0]))
+            elif isinstance(received[1], AskFlows):
+                with suppress(OSError):
+                    for _ in range(50):
+                        await channel.send(encode(Flows(()), received[0]))
+
+    crowd = Listener()
+    async with open_play(scripts=[floods, crowd]) as play:
+        await play.plane.flows()
+        for flow in range(11):
+            await say(crowd.channel, FlowEvent(OPENED, "a", 1, ("1.2.3.4", 5), "opened", "", flow=flow))
+        await trio.sleep(1)
+
+        assert [len(play.crew.times(index)) for index in (0, 1)] == [2, 2]
 
 
 async def test_a_ca_that_one_has_found_is_told_to_the_others(autojump_clock: MockClock) -> None:
@@ -552,6 +580,7 @@ async def test_a_worker_says_which_order_it_could_not_carry_out(caplog: pytest.L
 async def test_a_lost_device_is_reported_once_and_replaced_for_all(autojump_clock: MockClock) -> None:
     listeners = [Listener(), Listener()]
     async with open_play(scripts=list(listeners)) as play:
+        play.link.delete()
         await say(listeners[0].channel, DeviceLost("deleted"))
         await say(listeners[1].channel, DeviceLost("deleted"))
         await trio.sleep(1)
@@ -559,6 +588,7 @@ async def test_a_lost_device_is_reported_once_and_replaced_for_all(autojump_cloc
         another = MemoryLink()
         play.plane.replace_device(another.open_queue())
         await play.plane.in_force()
+        another.delete()
         await say(listeners[1].channel, DeviceLost("deleted again"))
         await trio.sleep(1)
 
@@ -611,6 +641,24 @@ async def test_connections_go_on_over_another_device(autojump_clock: MockClock) 
         assert stage.plane.flow_count == 2
         assert stage.plane.problem == ""
         del apps
+
+
+async def test_a_worker_that_starts_while_there_is_no_device_waits_for_one(autojump_clock: MockClock) -> None:
+    """The old one is closed, and somebody keeps the new one from being made."""
+    async with open_play() as play:
+        play.plane.tell(Serve(DIRECTORY))
+        play.link.delete()
+        await trio.sleep(0.1)
+        play.device.close()
+        play.crew.latest(0).kill()
+        await trio.sleep(10)
+        assert play.plane.describe_workers()[0]["state"] == "starting"
+
+        play.plane.replace_device(MemoryLink().open_queue())
+        await trio.sleep(0.1)
+
+        assert [worker["state"] for worker in play.plane.describe_workers()] == ["running", "running"]
+        assert len(play.crew.times(0)) == 2
 
 
 # The end
