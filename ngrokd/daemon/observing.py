@@ -212,6 +212,8 @@ class Observing:
     async def _follow_events(self, arguments: list[str], _peer: Peer, start: Start) -> None:
         options = _Options(arguments, "since", "follow")
         last = int(options.number("since", self._events.last))
+        if last > self._events.last:  # a number of the daemon before this one: all of ours are new to that client
+            last = 0
         send = await start({"last": self._events.last})
         while True:
             while events := self._events.after(last, EVENTS_AT_ONCE):

@@ -170,6 +170,11 @@ async def test_events_are_followed_without_a_gap(world: World, autojump_clock: M
         while (event := await past.line()) is not None:
             names.append(event["event"])
 
+        restarted = await follow(world, "events", "since=4711", "follow=0")
+        await restarted.line()
+        begins_with = (await restarted.line())["seq"]
+
+    assert begins_with == 1, "a client that knows the numbers of an earlier daemon misses nothing of this one"
     assert opened["seq"] == last + 1
     assert (opened["event"], opened["endpoint"], opened["flow"]) == ("flow.opened", "echo.demo:7", 1)
     assert names[0] == "daemon.started"
