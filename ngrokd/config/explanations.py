@@ -38,8 +38,8 @@ KEYS: Final = {
     "api.poll_interval": 'How often ngrok is asked for the endpoints, from "1s" up.',
     "api.timeout": "How long one question to the API may take.",
     "api.selectors": (
-        "Which endpoints are for this machine: expressions over endpoints, sent when the daemon registers. "
-        '"true" means all.'
+        "Which endpoints are for this machine: expressions over endpoints, which ngrok is told when the daemon "
+        'registers and when they change. "true" means all.'
     ),
     "ingress.address": 'HOST:PORT; "" means what the API returned, else kubernetes-binding-ingress.ngrok.io:443.',
     "ingress.ca_file": (
