@@ -149,13 +149,23 @@ def test_a_slow_flood_is_pressure_too() -> None:
 
 
 def test_slow_answers_alone_are_no_pressure() -> None:
-    """Few wait, however long: an endpoint that hangs must not slow down the others."""
+    """Sixty wait for an endpoint that hangs, and all mean it: whoever wants another one is not slowed down."""
+    door = Door(80)
+    for now in (1.0, 2.0, 4.0, 8.0):
+        for port in range(20000, 20060):
+            door.syn(port, now)
+
+        assert door.syn(30000 + int(now), now + 0.9) == ""
+    assert not door.stack._table.own.pressed
+
+
+def test_few_who_gave_up_are_no_pressure() -> None:
+    """They wait unproven, and are forgotten after three seconds."""
     door = Door(80)
     for port in range(20000, 20009):
         door.syn(port, 1.0)
-        door.syn(port, 2.0)
 
-    assert [door.syn(30000 + port, 3.0) for port in range(1)] == [""]
+    assert door.syn(30000, 3.5) == ""
 
 
 def test_pressure_ends_when_nobody_presses() -> None:

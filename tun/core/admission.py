@@ -10,8 +10,8 @@ Linux, the BSDs and Windows alike). A flood of random SYNs does not, and one tha
 and to wait: a thousand times the effort for a thousandth of the rate. (Mail servers have turned away spam so, under the
 name of greylisting.) It costs who means well one second, so it must begin only where it costs nothing:
 
-  * *pressed* is a kind of source whose places are all taken, or of which many wait and the first of them has waited
-    longer than it takes to come again. Newcomers would wait as long at the end of that queue;
+  * *pressed* is a kind of source whose places are all taken, or of which many wait that have not come again, though the
+    first of them had the time to. Newcomers would wait as long at the end of that queue;
   * while it is pressed, a SYN that is new is noted and dropped, and one that was noted is let in;
   * those who already wait, beyond the first few, go back to being noted, unless they have come again meanwhile. They
     hear nothing of it: silence is what they would have got from a queue that drops, and their SYN comes again;
@@ -57,6 +57,7 @@ class Waiting:
         "_places",
         "_returned",
         "_source_places",
+        "_unproven",
         "by_source",
         "flows",
         "pressed",
@@ -75,6 +76,7 @@ class Waiting:
         self._source_places: int = source_places
         self._few: int = max(places // FEW, 1)
         self.flows: dict[bytes, Flow] = {}
+        self._unproven: dict[bytes, Flow] = {}  # those that have not come again, and some that have
         self.by_source: dict[bytes, int] = {}
         self.pressed: bool = False
         self.turn_at: float = float("inf")
@@ -92,6 +94,7 @@ class Waiting:
     def add(self, flow: Flow) -> None:
         """Take in a request."""
         self.flows[flow.key] = flow
+        self._unproven[flow.key] = flow
         if self._source_places:
             source = flow.source[0]
             self.by_source[source] = self.by_source.get(source, 0) + 1
@@ -99,6 +102,7 @@ class Waiting:
     def remove(self, flow: Flow) -> None:
         """Forget a request: it is decided, or over."""
         del self.flows[flow.key]
+        self._unproven.pop(flow.key, None)
         if self._source_places:
             source = flow.source[0]
             left = self.by_source[source] - 1
@@ -155,14 +159,20 @@ class Waiting:
         self._returned = 0
 
     def _is_slow(self, now: float) -> bool:
-        """Would a newcomer wait for longer than it takes to come again?"""
-        return len(self.flows) >= self._few and now - next(iter(self.flows.values())).opened_at >= LONG_S
+        """Do many wait who have not come again, the first of them for longer than that takes?"""
+        unproven = self._unproven
+        while len(unproven) >= self._few:
+            flow = next(iter(unproven.values()))
+            if not flow.came_again:
+                return now - flow.opened_at >= LONG_S
+            del unproven[flow.key]
+        return False
 
     def _press(self, now: float) -> None:
         self.pressed = True
         self.turn_at = now + TURN_S
         self._returned = 0
-        self.unproven = [flow for flow in self.flows.values() if not flow.came_again][self._few :]
+        self.unproven = [flow for flow in self._unproven.values() if not flow.came_again][self._few :]
         for flow in self.unproven:
             self._noted[name_of(flow.key, flow.irs)] = flow.opened_at
 
