@@ -215,6 +215,7 @@ class DataPlaneSettings:
     secret: bytes = field(repr=False)
     connect_timeout_s: float = 10.0
     dials: int = 64
+    spin_s: float = 0.0
     refused_networks: tuple[str, ...] = ()
     pool: PoolSettings = field(default_factory=PoolSettings)
     twins: Twins | None = None
@@ -375,7 +376,7 @@ class DataPlane:
         self._directory = Directory.empty()
         self._known_addresses: set[bytes] = set()
         self._stack = Stack(settings.stack, settings.secret)
-        self.network = Network(device, self._stack, self._serve_request)
+        self.network = Network(device, self._stack, self._serve_request, spin=settings.spin_s)
         self.ingress = Ingress(
             dial,
             connect_timeout_s=settings.connect_timeout_s,
@@ -385,7 +386,9 @@ class DataPlane:
             pool=settings.pool,
             strict=settings.strict,
         )
-        self._handler = Handler(self._lookup, self.ingress, on_event=report, strict=settings.strict)
+        self._handler = Handler(
+            self._lookup, self.ingress, self.network.poller, on_event=report, strict=settings.strict
+        )
         self._flows: trio.Nursery | None = None
         self._live: dict[int, _Flow] = {}  # by number
         self._next_flow = settings.first_flow

@@ -2,8 +2,7 @@
 
 Theory of operation
 -------------------
-`Network.run` is one task. It sleeps until the device has packets or the stack's next deadline has come, and then
-does one *batch*:
+`Network.run` sleeps until the device has packets or the stack's next deadline has come, and then does one *batch*:
 
 1. read the device until it is empty (bounded), handing each packet to the stack, which only marks flows;
 2. hand every new request to `on_request`;
@@ -13,7 +12,8 @@ does one *batch*:
 A Trio wake-up costs as much as several packets of core work, so the rule is: one wake per batch and flow, never one
 per packet. A *sink* avoids even that: it is called inside the batch with everything the app has sent so far, takes
 what it can and says how much. What it does not take waits in the flow, and the TCP window closes by itself; that is
-the whole back-pressure of that direction.
+the whole back-pressure of that direction. The *poller* avoids the wake-up of the pump as well: it calls the batch, and
+whatever else its users have it watch, without Trio in between (`tun.poller`).
 
 Nothing is queued between stack and device. When the device is full, the flow is remembered and asked again later;
 its machine still knows what it owes.
@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import operator
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Final, TypeAlias
 
 import trio
@@ -36,6 +36,7 @@ from tun.core.stack import ReceivedDatagram, Stack
 from tun.core.states import STATE_NAMES
 from tun.device.base import Device
 from tun.errors import DeviceError
+from tun.poller import Poller
 
 # Reads per wake. 64 offloaded segments are up to 4 MiB; more would let one busy flow hold up timers and the other
 # tasks (gVisor and WireGuard bound their batches at 64 and 128 packets).
@@ -60,6 +61,10 @@ class Network:
     `on_request` is called inside the batch with each new `FlowRequest`; it must not block or raise. Whoever gets the
     request owes it exactly one decision, `accept` or `refuse`; see `FlowRequest` for what happens otherwise.
     `on_datagram` is called likewise with what came for the services of `Stack.set_udp_served`; `answer` answers it.
+
+    Attributes:
+        poller: what calls the batches; others may have it watch what they carry the flows' bytes over. It works while
+            `run` does.
     """
 
     def __init__(
@@ -68,7 +73,10 @@ class Network:
         stack: Stack,
         on_request: Callable[[FlowRequest], None],
         on_datagram: Callable[[ReceivedDatagram], None] | None = None,
+        *,
+        spin: float = 0.0,
     ) -> None:
+        self.poller = Poller(spin)
         self.device = device
         self.stack = stack
         self._on_request = on_request
@@ -90,37 +98,54 @@ class Network:
         self._gone = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._write_again)
+            nursery.start_soon(self.poller.run)
             task_status.started()
+            descriptor = self.device.fileno()
             try:
-                await self._pump()
+                if descriptor >= 0:
+                    self.poller.watch(descriptor, self._read_batch)
+                    await self._pump(trio.sleep_forever)
+                else:
+                    await self._pump(self._wait_and_read)
             except DeviceError as error:
                 self._gone = error
             finally:
                 self._scope = None
+                if descriptor >= 0:
+                    self.poller.watch(descriptor, None)
             nursery.cancel_scope.cancel()
         if self._gone is not None:
             raise self._gone
 
-    async def _pump(self) -> None:
-        """Batches and timeouts, until the device is gone."""
+    async def _pump(self, batches: Callable[[], Awaitable[None]]) -> None:
+        """Timeouts, until the device is gone; meanwhile `batches`, which never returns."""
         while self._gone is None:
             # One scope serves many batches: it is only as early as the earliest deadline seen, see _rearm.
             with trio.CancelScope(deadline=self.stack.next_deadline()) as scope:
                 self._scope = scope
-                while True:
-                    await self.device.wait_readable()
-                    self._read_batch()
+                await batches()
             self.stack.handle_timeout(self._now())
             self._settle()
 
+    async def _wait_and_read(self) -> None:
+        """For devices without a descriptor."""
+        while True:
+            await self.device.wait_readable()
+            self._read_batch()
+
     def _read_batch(self) -> None:
+        if self._gone is not None:
+            return
         device, stack, now = self.device, self.stack, self._now()
         read, verified, handle_packet, prefix = device.read, device.verified, stack.handle_packet, device.prefix
-        for _ in range(BATCH_PACKETS):
-            packet = read()
-            if packet is None:
-                break
-            handle_packet(packet, prefix, verified(packet), now)
+        try:
+            for _ in range(BATCH_PACKETS):
+                packet = read()
+                if packet is None:
+                    break
+                handle_packet(packet, prefix, verified(packet), now)
+        except DeviceError as error:
+            self._lose(error)
         self.batches += 1
         self._settle()
 
@@ -131,6 +156,7 @@ class Network:
             request = FlowRequest(self, flow)
             flow.owner = request
             self._on_request(request)
+            self.poller.yield_soon()
         if self._on_datagram is not None:
             for datagram in stack.take_datagrams():
                 self._on_datagram(datagram)
@@ -177,6 +203,7 @@ class Network:
         self._gone = error
         if self._scope is not None:
             self._scope.cancel()
+        self.poller.yield_soon()
 
     def after(self, flow: Flow) -> None:
         """A command was given to `flow` outside a batch: write what follows from it and watch its new deadline."""
@@ -286,14 +313,15 @@ class FlowStream(trio.abc.HalfCloseableStream):
         self.source = source
         self.destination = destination
         self._sink: Sink | None = None
-        self._refused = False
+        self._on_change: Callable[[], object] | None = None
+        self.refused = False
+        self._short = False  # send_nowait has taken less than it was given, and nobody has been told of room since
         self._closed = False
         self._eof_sent = False
         self._sending = False
         self._from_app: trio.Event | None = None
         self._to_app: trio.Event | None = None
         self._delivered: trio.Event | None = None
-        self._broken_callback: Callable[[], object] | None = None
 
     def __repr__(self) -> str:
         return f"<FlowStream {self.source[0]}:{self.source[1]} -> {self.destination[0]}:{self.destination[1]}>"
@@ -336,21 +364,24 @@ class FlowStream(trio.abc.HalfCloseableStream):
         if flow.failure:
             self._sink = None
             self._wake_all()
-            callback, self._broken_callback = self._broken_callback, None
-            if callback is not None:
-                callback()
+            self._tell()
             return
-        if self._sink is None:
-            if self._from_app is not None and (flow.readable_bytes or flow.app_finished):
-                self._wake_from_app()
-        elif not self._refused:
-            self._offer()
-        if self._to_app is not None and self._has_room():
-            self._to_app.set()
-            self._to_app = None
+        if self._sink is not None:
+            if not self.refused:
+                self._offer()
+        elif self._from_app is not None and (flow.readable_bytes or flow.app_finished):
+            self._wake_from_app()
+        if (self._short or self._to_app is not None) and self.has_room:
+            if self._to_app is not None:
+                self._to_app.set()
+                self._to_app = None
+            if self._short:
+                self._short = False
+                self._tell()
         if self._delivered is not None and (flow.all_acknowledged or flow.closed):
             self._delivered.set()
             self._delivered = None
+            self._network.poller.yield_soon()
 
     def _offer(self) -> None:
         flow = self._flow
@@ -363,22 +394,30 @@ class FlowStream(trio.abc.HalfCloseableStream):
             if taken:
                 flow.consume(taken, self._network._now())
             if taken < waiting:
-                self._refused = True
-                self._wake_from_app()
+                self.refused = True
+                self._tell()
                 return
         if flow.app_finished:
-            self._wake_from_app()
+            self._tell()
 
-    def _has_room(self) -> bool:
+    def _tell(self) -> None:
+        if self._on_change is not None:
+            self._on_change()
+
+    @property
+    def has_room(self) -> bool:
+        """Is a good part of the send buffer free?"""
         space = self._flow.send_space
         return space >= SEND_WAKE_BYTES or (space > 0 and space >= self._flow.unacknowledged_bytes)
 
     def _wake_from_app(self) -> None:
         if self._from_app is not None:
+            self._network.poller.yield_soon()
             self._from_app.set()
             self._from_app = None
 
     def _wake_all(self) -> None:
+        self._network.poller.yield_soon()
         self._wake_from_app()
         if self._to_app is not None:
             self._to_app.set()
@@ -417,49 +456,36 @@ class FlowStream(trio.abc.HalfCloseableStream):
 
     # The direct way: bytes from the app go into a sink, bytes to the app are written without waiting
 
-    def on_broken(self, callback: Callable[[], object] | None) -> None:
-        """Have `callback` called once when the app resets the flow or vanishes; at once if it already has.
-
-        For the times when no task waits on the flow: an app that resets while the other side is stalled would
-        otherwise be noticed only when that side moves. Called inside the batch: it must neither wait nor raise.
-        """
-        self._broken_callback = callback
-        if callback is not None and self._flow.failure:
-            self._broken_callback = None
-            callback()
-
-    def attach(self, sink: Sink | None) -> None:
+    def attach(self, sink: Sink | None, on_change: Callable[[], object] | None = None) -> None:
         """Have what the app sends handed to `sink`, inside the batch in which it arrives.
 
         `sink(views)` gets everything waiting, in order, and returns how many bytes it took (0..all). It must not raise
         and must not wait. What it does not take stays here, is not offered again until `offer`, and closes the window.
         What already waits is offered at once.
+
+        `on_change()` is called, under the same rules, when the sink has refused bytes (`refused`), when it has taken
+        all bytes before the app's FIN (`ended`), when there is room again after `send_nowait` took less than it was
+        given, and when the flow has broken (`failure`); perhaps more than once.
         """
         self._sink = sink
-        self._refused = False
-        if sink is not None:
+        self._on_change = on_change
+        self.refused = False
+        if self._flow.failure:
+            self._tell()
+        elif sink is not None:
             self.offer()
 
     def offer(self) -> None:
         """Offer the sink what it refused before. Call it when the sink has room again."""
-        self._refused = False
+        self.refused = False
         if self._sink is not None and not self._flow.failure:
             self._offer()
             self._network.after(self._flow)
 
-    async def wait_refused_or_eof(self) -> bool:
-        """Wait until the sink has refused bytes (False), or has taken every byte before the app's FIN (True).
-
-        Raises `trio.BrokenResourceError` when the flow is over. Cancellation changes nothing.
-        """
-        await trio.lowlevel.checkpoint_if_cancelled()
-        self._check()
-        while True:
-            if self._refused:
-                return False
-            if self._flow.app_finished and not self._flow.readable_bytes:
-                return True
-            await self._wait_from_app()
+    @property
+    def ended(self) -> bool:
+        """The app's FIN has come, and every byte before it was taken."""
+        return self._flow.app_finished and not self._flow.readable_bytes
 
     def send_nowait(self, data: bytes | memoryview) -> int:
         """Queue as much of `data` as there is room for and send what the app's window allows.
@@ -468,12 +494,15 @@ class FlowStream(trio.abc.HalfCloseableStream):
 
         Returns: how many bytes were taken, from the front. Raises `trio.BrokenResourceError` when the flow is over.
         """
-        self._check()
+        if self._closed or self._flow.failure:
+            self._check()
         if self._eof_sent:
             raise trio.ClosedResourceError("the end of this direction was already sent")
         taken = self._flow.write(data, self._network._now())
         if taken:
             self._network.after(self._flow)
+        if taken < len(data):
+            self._short = True
         return taken
 
     @property
@@ -486,11 +515,15 @@ class FlowStream(trio.abc.HalfCloseableStream):
         """Is memory so short that nobody may receive for this flow more than `send_space`?"""
         return self._network.stack.rationed
 
+    def want_room(self) -> None:
+        """Have `on_change` called when there is room again, as if `send_nowait` had not taken everything."""
+        self._short = True
+
     async def wait_send_space(self) -> None:
         """Wait until a good part of the send buffer is free. Cancellation changes nothing."""
         await trio.lowlevel.checkpoint_if_cancelled()
         self._check()
-        if not self._has_room():
+        if not self.has_room:
             await self._wait_to_app()
 
     async def wait_delivered(self) -> None:
@@ -577,16 +610,20 @@ class FlowStream(trio.abc.HalfCloseableStream):
         finally:
             self._sending = False
 
+    def send_eof_nowait(self) -> None:
+        """Queue FIN behind all that was written; the other direction lives on. Once, and only while the flow lives."""
+        if not (self._eof_sent or self._flow.failure or self._closed):
+            self._eof_sent = True
+            self._flow.finish(self._network._now())
+            self._network.after(self._flow)
+
     async def send_eof(self) -> None:
         """Send FIN after all that was written; the other direction lives on."""
         if self._sending:
             raise trio.BusyResourceError("another task is already sending to this app")
         await trio.lowlevel.checkpoint()
         self._check()
-        if not self._eof_sent:
-            self._eof_sent = True
-            self._flow.finish(self._network._now())
-            self._network.after(self._flow)
+        self.send_eof_nowait()
 
     async def aclose(self) -> None:
         """Take and give no more. What was written is still delivered, by the stack, without this object.

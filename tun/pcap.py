@@ -423,6 +423,10 @@ class RecordingDevice:
         """What the device threw away. It is recorded all the same: the stack believes it sent."""
         return self.device.drops
 
+    def fileno(self) -> int:
+        """The device's descriptor."""
+        return self.device.fileno()
+
     def read(self) -> bytes | None:
         """Take one packet; see `Device.read`."""
         packet = self.device.read()

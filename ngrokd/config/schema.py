@@ -96,6 +96,7 @@ class PoolSettings(Struct, frozen=True, kw_only=True):
     max: Annotated[int, Count(low=0, high=10_000, live=True)] = 128
     max_age_s: Annotated[float, Duration(low=1.0, high=86400.0, live=True)] = field(name="max_age", default=300.0)
     idle: Annotated[int, Count(low=0, high=10_000, live=True)] = 2
+    spin_s: Annotated[float, Duration(low=0.0, high=0.01)] = field(name="spin", default=200e-6)
 
 
 class LimitSettings(Struct, frozen=True, kw_only=True):

@@ -327,6 +327,7 @@ class Daemon:
                         mask6=int(subnet6.netmask) if subnet6 else 0,
                     ),
                     secret=secrets.token_bytes(32),
+                    spin_s=settings.pool.spin_s,
                     refused_networks=(settings.net.subnet, *([str(subnet6)] if subnet6 else [])),
                     twins=self._twins,
                     strict=self._strict,

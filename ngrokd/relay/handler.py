@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from ngrokd.endpoints import Endpoint
     from ngrokd.relay.ingress import Ingress, OpenedStream
+    from ngrokd.relay.transport import Poller
 
 # Kinds of FlowEvent.
 OPENED: Final = "opened"  # accepted: the app is connected
@@ -128,6 +129,7 @@ class Handler:
         self,
         lookup: Callable[[tuple[str, int]], Endpoint | None],
         ingress: Ingress,
+        poller: Poller,
         *,
         on_event: Callable[[FlowEvent], object] | None = None,
         strict: bool = False,
@@ -137,11 +139,13 @@ class Handler:
         Args:
             lookup: finds the endpoint that an address and port stand for.
             ingress: opens the streams.
+            poller: moves the bytes, as long as flows live.
             on_event: told what happened; must neither wait nor raise.
             strict: raise bugs, after they have been reported.
         """
         self._lookup = lookup
         self._ingress = ingress
+        self._poller = poller
         self._on_event = on_event
         self._strict = strict
         self._counts: Counter[str] = Counter()
@@ -219,7 +223,7 @@ class Handler:
         serving.dial_s = opened.dial_s
         self._dial_s += opened.dial_s
         flow = self._accept(serving, opened)
-        await splice(flow, opened.stream)
+        await splice(flow, opened.stream, self._poller)
         self._decide(serving, "completed")
 
     def _accept(self, serving: Serving, opened: OpenedStream) -> Flow:

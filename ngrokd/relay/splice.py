@@ -1,9 +1,10 @@
 """Two directions between an app's flow and a TLS stream, carried until both have ended, and ended exactly.
 
-What the app sends goes into the TLS stream within the packet batch in which it arrives: the stream's `send_nowait` is
-the sink of the flow. The task of that direction only sleeps; it wakes when the sink has refused bytes, waits until the
-stream can take more, and offers them again. A third task exists only while the transport has not taken all ciphertext.
-What the ingress sends is carried by a task: receive all there is, write it to the flow without copying, wait for room.
+Nothing here waits while bytes pass. What the app sends goes into the TLS stream within the packet batch in which it
+arrives: the stream's `send_nowait` is the sink of the flow. What the ingress sends goes into the flow when the poller
+finds it: the flow's `send_nowait` is the sink of the stream. A side that cannot take more closes the TCP window of
+the other. Whatever else happens (an end, room after there was none, a break) calls `_Splice._advance`, which looks at
+both sides and does what has become possible. The task of a flow sleeps until all is over.
 
 How things end:
 
@@ -23,13 +24,14 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
-from ngrokd.errors import StreamTruncated
 from ngrokd.relay.tls import RECORD, SCRATCH
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Callable, Sequence
 
+    from ngrokd.errors import StreamTruncated
     from ngrokd.relay.tls import TlsStream
+    from ngrokd.relay.transport import Poller
 
 # How long an app that must be reset may take to acknowledge the answer it was sent before. It may be blocked in a write
 # of what we can no longer take, and never read.
@@ -54,28 +56,37 @@ class Flow(Protocol):
         """Bytes the app has acknowledged so far."""
         ...
 
-    def on_broken(self, callback: Callable[[], object] | None) -> None:
-        """Have `callback` called once when the flow breaks, whoever waits for it or does not."""
+    @property
+    def refused(self) -> bool:
+        """The sink has left bytes; they are offered again by `offer`."""
         ...
 
-    def attach(self, sink: Callable[[Sequence[memoryview]], int] | None) -> None:
-        """Have what the app sends handed to `sink`, which takes a prefix and neither waits nor raises."""
+    @property
+    def ended(self) -> bool:
+        """The app's FIN has come, and every byte before it was taken."""
+        ...
+
+    @property
+    def has_room(self) -> bool:
+        """Is `send_nowait` worth calling again?"""
+        ...
+
+    def attach(
+        self, sink: Callable[[Sequence[memoryview]], int] | None, on_change: Callable[[], object] | None = None
+    ) -> None:
+        """Have what the app sends handed to `sink`, which takes a prefix and neither waits nor raises.
+
+        `on_change` is called when the sink has refused bytes, when the app has ended, when there is room again after
+        `send_nowait` took less than all, and when the flow has broken.
+        """
         ...
 
     def offer(self) -> None:
         """Offer the sink again what it did not take."""
         ...
 
-    async def wait_refused_or_eof(self) -> bool:
-        """Wait: False when the sink has refused bytes, True when it has taken all before the app's FIN."""
-        ...
-
     def send_nowait(self, data: memoryview, /) -> int:
         """Queue a prefix of `data` to the app; it is referenced, not copied."""
-        ...
-
-    async def wait_send_space(self) -> None:
-        """Wait until `send_nowait` takes bytes again."""
         ...
 
     @property
@@ -88,8 +99,12 @@ class Flow(Protocol):
         """Is memory short, so that nobody may receive for it what it has no room for?"""
         ...
 
-    async def send_eof(self) -> None:
-        """Send FIN behind all bytes."""
+    def want_room(self) -> None:
+        """Have `on_change` called when there is room again."""
+        ...
+
+    def send_eof_nowait(self) -> None:
+        """Queue FIN behind all bytes."""
         ...
 
     async def wait_delivered(self) -> None:
@@ -105,7 +120,7 @@ class Flow(Protocol):
         ...
 
 
-async def splice(flow: Flow, stream: TlsStream) -> None:
+async def splice(flow: Flow, stream: TlsStream, poller: Poller) -> None:
     """Carry bytes both ways until both directions have ended; afterwards both ends are closed or aborted.
 
     Raises:
@@ -113,7 +128,7 @@ async def splice(flow: Flow, stream: TlsStream) -> None:
         StreamTruncated: the ingress cut the stream, or stopped taking bytes.
     """
     try:
-        await _Splice(flow, stream).run()
+        await _Splice(flow, stream, poller).run()
         await flow.wait_delivered()
         if flow.failure:
             raise trio.BrokenResourceError(f"the flow broke at its end: {flow.failure}")
@@ -126,30 +141,31 @@ async def splice(flow: Flow, stream: TlsStream) -> None:
 
 
 class _Splice:
-    """The two directions. The first failure that ends both is kept and raised outside of the nursery."""
+    """The two directions, and what has become of them."""
 
-    def __init__(self, flow: Flow, stream: TlsStream) -> None:
+    __slots__ = ("_advancing", "_again", "_failure", "_flow", "_over", "_poller", "_stream", "_upload_failure")
+
+    def __init__(self, flow: Flow, stream: TlsStream, poller: Poller) -> None:
         self._flow = flow
         self._stream = stream
-        self._failure: Exception | None = None
-        self._upload_failure: StreamTruncated | None = None
-        self._upload = trio.CancelScope()
+        self._poller = poller
+        self._over = trio.Event()
+        self._failure: Exception | None = None  # ends both directions; the first one counts
+        self._upload_failure: StreamTruncated | None = None  # nothing more can be sent, but an answer may still come
+        self._advancing = False
+        self._again = False
 
     async def run(self) -> None:
+        """Return when both directions have ended; the bytes to the app may still be on their way."""
         flow, stream = self._flow, self._stream
         try:
-            # What the two directions raise is expected and ends up in self._failure; anything else is a bug, and the
-            # nursery ends both for it.
-            async with trio.open_nursery() as nursery:
-                stream.on_blocked = lambda: nursery.start_soon(self._guard, self._drain, nursery.cancel_scope)
-                # Both directions may be waiting for the ingress when the app resets; then nobody would hear of it.
-                flow.on_broken(lambda: self._app_broke(nursery.cancel_scope))
-                flow.attach(stream.send_nowait)
-                nursery.start_soon(self._guard, self._app_to_ingress, nursery.cancel_scope)
-                await self._guard(self._ingress_to_app, nursery.cancel_scope)
+            flow.attach(self._from_app, self._advance)
+            stream.attach(self._poller, self._to_app, self._room, self._advance, self._end)
+            self._advance()
+            await self._over.wait()
         finally:
-            stream.on_blocked = None
-            flow.on_broken(None)
+            stream.detach()
+            flow.attach(None)
         if self._failure is not None:
             raise self._failure
         if self._upload_failure is not None:
@@ -157,61 +173,74 @@ class _Splice:
                 await flow.wait_delivered()
             raise self._upload_failure
 
-    async def _guard(self, direction: Callable[[], Awaitable[None]], scope: trio.CancelScope) -> None:
-        try:
-            await direction()
-        except (StreamTruncated, trio.BrokenResourceError) as error:
-            if self._failure is None:
-                self._failure = error
-            scope.cancel()
+    # These are called in the midst of other flows' work: what a defect of ours raises ends this flow alone.
 
-    def _app_broke(self, scope: trio.CancelScope) -> None:
-        if self._failure is None:
-            self._failure = trio.BrokenResourceError(f"the flow is over: {self._flow.failure}")
-        scope.cancel()
-
-    async def _app_to_ingress(self) -> None:
-        flow, stream = self._flow, self._stream
+    def _from_app(self, views: Sequence[memoryview]) -> int:
         try:
-            with self._upload:
-                while not await flow.wait_refused_or_eof():
-                    await stream.wait_sendable()
-                    flow.offer()
-                await stream.send_eof()
-        except StreamTruncated as error:
-            self._stop_upload(error)
+            return self._stream.send_nowait(views)
+        except Exception as error:  # noqa: BLE001 - carried to the task of the flow
+            self._end(error)
+            return 0
+
+    def _to_app(self, view: memoryview) -> int:
+        try:
+            return self._flow.send_nowait(view)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return 0  # the flow tells, and says why
+
+    def _advance(self) -> None:
+        """Do what has become possible. Each thing done may make another one possible, and calls this again."""
+        self._again = True
+        if self._advancing:
+            return
+        self._advancing = True
+        try:
+            while self._again and not self._over.is_set():
+                self._again = False
+                self._step()
+        except Exception as error:  # noqa: BLE001 - carried to the task of the flow
+            self._end(error)
         finally:
-            flow.attach(None)  # before the nursery can close, because a sink that is blocked starts a task in it
+            self._advancing = False
 
-    async def _drain(self) -> None:
-        try:
-            await self._stream.drain()
-        except StreamTruncated as error:
-            self._stop_upload(error)
-
-    def _stop_upload(self, error: StreamTruncated) -> None:
-        """Nothing more can be sent, but what the ingress said before it hung up may still be there to be read."""
-        if self._upload_failure is None:
-            self._upload_failure = error
-        self._upload.cancel()
-
-    async def _ingress_to_app(self) -> None:
+    def _step(self) -> None:
         flow, stream = self._flow, self._stream
-        while True:
-            if flow.rationed:
-                await flow.wait_send_space()
-            view = await stream.receive_view(self._room)
-            if not view:
-                break
-            while (taken := flow.send_nowait(view)) < len(view):
-                view = view[taken:]
-                await flow.wait_send_space()
-            del view  # or a connection that goes quiet would keep its last buffer
-        await flow.send_eof()
+        if flow.failure:
+            self._end(trio.BrokenResourceError(f"the flow is over: {flow.failure}"))
+            return
+        if self._upload_failure is None:
+            self._upload_failure = stream.broken
+            if flow.refused and stream.sendable:
+                flow.offer()
+            if flow.ended:
+                stream.send_eof_nowait()
+        if stream.refused and flow.has_room:
+            stream.offer()
+        if stream.refused:
+            return
+        cut = stream.cut
+        if cut is not None:
+            self._end(cut)
+        elif stream.received_eof:
+            flow.send_eof_nowait()
+            if self._upload_failure is not None or (stream.sent_eof and not stream.backlog):
+                self._end(None)
+
+    def _end(self, failure: Exception | None) -> None:
+        if not self._over.is_set():
+            self._failure = failure
+            self._over.set()
+            self._poller.yield_soon()
 
     def _room(self) -> int:
         """How much may be received. What an app does not read stands here, and no account of memory has it."""
-        return max(self._flow.send_space, RECORD) if self._flow.rationed else SCRATCH
+        flow = self._flow
+        if not flow.rationed:
+            return SCRATCH
+        if flow.has_room:
+            return max(flow.send_space, RECORD)
+        flow.want_room()
+        return 0
 
 
 __all__ = ["Flow", "splice"]

@@ -6,12 +6,15 @@ between two memory buffers, and `TlsStream` ties it to a transport:
 Sending is synchronous. `send_nowait` encrypts what it is given (records of 16 KiB; small views are joined first) and
 moves the ciphertext to the transport at once. What the transport did not take is the backlog. Above BACKLOG_LIMIT
 bytes of it nothing more is taken, which is the back-pressure: the flow keeps its bytes, its TCP window closes. Somebody
-must move the backlog on, with `drain` or `wait_sendable`; `on_blocked` is called when there begins to be one.
+must move the backlog on, with `drain` or `wait_sendable`; an attached stream does it by itself.
 
 Receiving takes what the transport has, once, and decrypts all complete records in it into memory that is allocated for
 them and never touched again: TCP holds views of it until the app has acknowledged them. Nothing is kept between calls
 but the beginning of an incomplete record (inside OpenSSL), so an idle stream is small, and so close_notify can be sent
 at any moment: OpenSSL, asked to shut down while application data waits in its buffer, would throw that data away.
+
+There are two ways to use a stream. Tasks wait for it (`handshake`, `receive_view`, `drain`). Or it is attached: a
+poller calls it when the transport is ready, and it hands what it decrypted to a sink, without a task in between.
 
 The end of a stream is close_notify and nothing else. A connection that ends or breaks without it is StreamTruncated,
 because bytes may be missing. Bytes that arrived before the break are delivered first.
@@ -29,12 +32,14 @@ import trio
 from ngrokd.errors import StreamTruncated
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
 
-    from ngrokd.relay.transport import Transport
+    from ngrokd.relay.transport import Poller, Transport
 
-# Bytes of ciphertext; one more write may end above it. With what the kernel holds unsent it bridges the time until this
-# process looks at the stream again; 64 to 256 KiB were equally fast, and a stalled flow keeps this much.
+# Bytes of ciphertext that may wait for the transport; one more write may end above it. With what the kernel holds
+# unsent it bridges the time until this process looks at the stream again; 64 to 256 KiB were equally fast, and a
+# stalled flow keeps this much. So much is also given to the transport at one go: each send wakes the other side, and on
+# a busy machine that takes the core away from here. 32 KiB at a time were a tenth slower.
 BACKLOG_LIMIT: Final = 128 * 1024
 # Bytes of ciphertext per receive into shared memory. At most 15 full records, whose plaintext makes four segments of
 # 64,240 bytes to an app whose device has offload; a sixteenth would make a fifth segment of 5 KB. 64 KiB at a time were
@@ -212,8 +217,8 @@ class TlsStream:
     for the backlog. The bytes a receiver gets are never modified afterwards.
 
     Attributes:
-        on_blocked: called, synchronously, when a backlog begins, and when the connection is found broken; whoever sets
-            it sees to it that `drain` runs, which sends the backlog, or raises.
+        backlog: bytes of ciphertext that the transport has not taken.
+        refused: the sink has left bytes here, see `attach`.
         bytes_sent, bytes_received: plaintext.
     """
 
@@ -223,16 +228,23 @@ class TlsStream:
         "_closed",
         "_drained",
         "_draining",
+        "_handing",
+        "_on_change",
+        "_on_error",
+        "_poller",
         "_progress",
         "_ready",
         "_receive_error",
+        "_room",
         "_scratch",
         "_session",
+        "_sink",
         "_transport",
+        "_watching",
         "backlog",
         "bytes_received",
         "bytes_sent",
-        "on_blocked",
+        "refused",
     )
 
     def __init__(self, transport: Transport, session: TlsSession, *, scratch: memoryview | None = None) -> None:
@@ -256,7 +268,14 @@ class TlsStream:
         self.backlog = 0  # bytes of ciphertext that the transport has not taken
         self._draining = False
         self._progress: trio.Event | None = None
-        self.on_blocked: Callable[[], None] | None = None
+        self._poller: Poller | None = None  # while attached
+        self._sink: Callable[[memoryview], int] | None = None
+        self._room: Callable[[], int] | None = None
+        self._on_change: Callable[[], object] | None = None
+        self._on_error: Callable[[Exception], object] | None = None
+        self._watching = (False, False)
+        self._handing = False
+        self.refused = False
         self.bytes_sent = 0
         self.bytes_received = 0
 
@@ -323,17 +342,25 @@ class TlsStream:
         """
         if self._broken is not None or self._closed or self._session.sent_eof or self.backlog >= BACKLOG_LIMIT:
             return 0
-        taken = 0
-        encrypt = self._session.encrypt
+        taken = size = 0
+        encrypt, take = self._session.encrypt, self._session.take
+        made: list[bytes] = []
         try:
             for piece in _pieces(views):
                 encrypt(piece)
                 taken += len(piece)
-                self._send_ciphertext()
-                if self.backlog >= BACKLOG_LIMIT or self._broken is not None:
-                    break
+                data = take()
+                made.append(data)
+                size += len(data)
+                if self.backlog + size >= BACKLOG_LIMIT:
+                    self._send(made, size)
+                    made, size = [], 0
+                    if self.backlog >= BACKLOG_LIMIT or self._broken is not None:
+                        break
         except ssl.SSLError as error:
             self._break(_Cut(f"TLS failed while sending: {_reason(error)}"))
+        if made:
+            self._send(made, size)
         self.bytes_sent += taken
         return taken
 
@@ -466,6 +493,133 @@ class TlsStream:
             self._ready.insert(0, view)
             self.bytes_received -= len(view)
 
+    # -- attached
+
+    def attach(
+        self,
+        poller: Poller,
+        sink: Callable[[memoryview], int],
+        room: Callable[[], int],
+        on_change: Callable[[], object],
+        on_error: Callable[[Exception], object],
+    ) -> None:
+        """Have what is received handed to `sink`, and the backlog moved on, whenever `poller` finds it possible.
+
+        `sink(view)` returns how many bytes it took (0..all); it must not wait. When it leaves some (`refused`), nothing
+        more is received until `offer`. `room()` tells beforehand how many bytes may be received at most; 0 counts as if
+        the sink had left some. `on_change()` is called when the stream has ended (`received_eof`) or was cut
+        (`cut`), when the backlog has fallen below half its limit and when it is gone; perhaps more often. What has been
+        received already is offered at once. `on_error` gets what a defect of ours raised within the poller, which
+        would otherwise end what other streams wait for.
+
+        Until `detach` no task may wait for the stream.
+        """
+        self._poller, self._sink, self._room = poller, sink, room
+        self._on_change, self._on_error = on_change, on_error
+        self.offer()
+
+    def detach(self) -> None:
+        """End what `attach` began: tasks may wait for the stream again. What the sink has left is received next."""
+        self._sink = self._room = self._on_change = None
+        self._watch()
+        self._poller = self._on_error = None
+
+    def offer(self) -> None:
+        """Offer the sink what it left before, and go on receiving. Call it when the sink has room again."""
+        self.refused = False
+        self._hand_on()
+        self._watch()
+
+    @property
+    def sendable(self) -> bool:
+        """Whether `send_nowait` takes bytes, with some room to spare after a backlog."""
+        return self.backlog < BACKLOG_LIMIT // 2 and self._broken is None
+
+    @property
+    def cut(self) -> StreamTruncated | None:
+        """Why nothing more can be received although the stream has not ended, once all bytes before it are taken."""
+        return None if self._receive_error is None or self._ready else self._receive_error.error()
+
+    @property
+    def broken(self) -> StreamTruncated | None:
+        """Why nothing more can be sent."""
+        return None if self._broken is None else self._broken.error()
+
+    def _on_readable(self) -> None:
+        """For the poller."""
+        try:
+            self._hand_on()
+            if self.refused or self._over():
+                self._watch()
+        except Exception as error:  # noqa: BLE001 - the boundary between one stream and the poller of all
+            self._give_up(error)
+
+    def _hand_on(self) -> None:
+        """Receive once and hand on; the poller says whether the transport has more."""
+        sink, room = self._sink, self._room
+        if sink is None or room is None:
+            return
+        self._handing = True
+        try:
+            while not self.refused:
+                limit = room()
+                if limit <= 0:
+                    self.refused = True
+                    break
+                view = self.receive_nowait(limit)
+                if not view:
+                    break
+                taken = sink(view)
+                if taken < len(view):
+                    self.unread(view[taken:])
+                    self.refused = True
+                    break
+                if not self._ready and not self._session.pending_in:
+                    break
+        except StreamTruncated:
+            pass  # it is kept, and told below
+        finally:
+            self._handing = False
+        if self._over():
+            self._tell()
+
+    def _over(self) -> bool:
+        return self._session.received_eof or self._receive_error is not None or self._broken is not None
+
+    def _on_writable(self) -> None:
+        """For the poller."""
+        try:
+            full = self.backlog >= BACKLOG_LIMIT // 2
+            self._flush()
+            if not self.backlog:
+                self._watch()
+            if not self.backlog or (full and self.backlog < BACKLOG_LIMIT // 2):
+                self._tell()
+        except Exception as error:  # noqa: BLE001 - as above
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        if self._on_error is None:
+            raise error
+        self._on_error(error)
+
+    def _watch(self) -> None:
+        """Have the poller look for what there is to do."""
+        if self._poller is None or self._closed:
+            return
+        ended = self._session.received_eof or self._receive_error is not None
+        wanted = self._sink is not None and not self.refused and not ended, self._sink is not None and self.backlog > 0
+        if wanted != self._watching:
+            self._watching = wanted
+            self._transport.watch(
+                self._poller, self._on_readable if wanted[0] else None, self._on_writable if wanted[1] else None
+            )
+
+    def _tell(self) -> None:
+        # What was decrypted before a failure has its way to the app first.
+        if self._on_change is not None and not self._handing:
+            self._on_change()
+
     # -- ending
 
     async def aclose(self) -> None:
@@ -530,22 +684,30 @@ class TlsStream:
         if not self._session.pending_out:
             return
         data = self._session.take()
+        self._send([data], len(data))
+
+    def _send(self, pieces: Sequence[bytes], size: int) -> None:
+        """Move `size` bytes of ciphertext to the transport, behind the backlog."""
         if self._broken is not None:
             return
         sent = 0
         if not self.backlog:
+            transport = self._transport
             try:
-                sent = self._transport.send_nowait(data)
+                sent = transport.send_nowait(pieces[0]) if len(pieces) == 1 else transport.send_pieces_nowait(pieces)
             except OSError as error:
                 self._break(_cut_by(error, "while sending"))
                 return
-            if sent == len(data):
+            if sent == size:
                 return
-        self._backlog.append(memoryview(data)[sent:])
-        begins = not self.backlog
-        self.backlog += len(data) - sent
-        if begins and self.on_blocked is not None:
-            self.on_blocked()
+        self.backlog += size - sent
+        for piece in pieces:
+            if sent < len(piece):
+                self._backlog.append(memoryview(piece)[sent:])
+                sent = 0
+            else:
+                sent -= len(piece)
+        self._watch()
 
     def _flush(self) -> None:
         """Move as much of the backlog as the transport takes now."""
@@ -599,13 +761,15 @@ class TlsStream:
         return view
 
     def _break(self, cut: _Cut) -> None:
-        if self._broken is None:
+        first = self._broken is None
+        if first:
             self._broken = cut
-            if self.on_blocked is not None:
-                self.on_blocked()
         self._backlog.clear()
         self.backlog = 0
         self._wake()
+        if first:
+            self._watch()
+            self._tell()
 
     def _wake(self) -> None:
         if self._progress is not None:

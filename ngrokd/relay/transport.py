@@ -15,9 +15,12 @@ import errno
 import os
 import socket
 import struct
-from typing import Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 import trio
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 # Unsent bytes the kernel may hide from us (of up to 4 MiB of send buffer). Less and a 10 Gbit/s path runs dry between
 # two wakes of this process; more and back-pressure reaches the app late.
@@ -26,6 +29,20 @@ NOT_SENT_LOW_WATER: Final = 128 * 1024
 KEEPALIVE_IDLE_S: Final = 15
 KEEPALIVE_INTERVAL_S: Final = 15
 KEEPALIVE_COUNT: Final = 9
+
+
+class Poller(Protocol):
+    """Calls back for descriptors that are ready."""
+
+    def watch(
+        self, fd: int, readable: Callable[[], object] | None, writable: Callable[[], object] | None = None
+    ) -> None:
+        """Have these called, again and again, while `fd` can be read or written; both None ends it."""
+        ...
+
+    def yield_soon(self) -> None:
+        """A task has been woken: let it run before calling back for more."""
+        ...
 
 
 @runtime_checkable
@@ -38,6 +55,10 @@ class Transport(Protocol):
         Returns: the bytes taken; 0 when none can be taken now.
         Raises: OSError when the connection is broken or closed.
         """
+        ...
+
+    def send_pieces_nowait(self, pieces: Sequence[bytes | memoryview]) -> int:
+        """Send a prefix of `pieces`, one behind the other, at one go. Otherwise as `send_nowait`."""
         ...
 
     def receive_into_nowait(self, buffer: bytearray | memoryview) -> int | None:
@@ -56,6 +77,16 @@ class Transport(Protocol):
         """Return when sending would not give 0. Raises trio.ClosedResourceError when closed meanwhile."""
         ...
 
+    def watch(
+        self, poller: Poller, readable: Callable[[], object] | None, writable: Callable[[], object] | None
+    ) -> None:
+        """Have `readable` called while receiving would not give None, `writable` while sending would not give 0.
+
+        They must neither wait nor raise. Called again, it replaces what was asked before; closing ends it. While it
+        is asked for, nobody else may receive, or send.
+        """
+        ...
+
     def shutdown_write(self) -> None:
         """End our direction (TCP FIN); the other goes on. Raises OSError when the connection is broken or closed."""
         ...
@@ -72,13 +103,14 @@ class Transport(Protocol):
 class SocketTransport:
     """A connected stream socket, which it owns from now on."""
 
-    __slots__ = ("_closed", "_socket")
+    __slots__ = ("_closed", "_poller", "_socket")
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             _tune(sock)
         self._socket = sock
+        self._poller: Poller | None = None
         self._closed = False
 
     def __repr__(self) -> str:
@@ -92,6 +124,13 @@ class SocketTransport:
         """See Transport."""
         try:
             return self._socket.send(data)
+        except (BlockingIOError, InterruptedError):
+            return 0
+
+    def send_pieces_nowait(self, pieces: Sequence[bytes | memoryview]) -> int:
+        """See Transport."""
+        try:
+            return self._socket.sendmsg(pieces)
         except (BlockingIOError, InterruptedError):
             return 0
 
@@ -114,6 +153,15 @@ class SocketTransport:
             raise trio.ClosedResourceError("this connection was closed")
         await trio.lowlevel.wait_writable(self._socket)
 
+    def watch(
+        self, poller: Poller, readable: Callable[[], object] | None, writable: Callable[[], object] | None
+    ) -> None:
+        """See Transport."""
+        if not self._closed:
+            watched = readable is not None or writable is not None
+            self._poller = poller if watched else None
+            poller.watch(self._socket.fileno(), readable, writable)
+
     def shutdown_write(self) -> None:
         """See Transport."""
         self._socket.shutdown(socket.SHUT_WR)
@@ -122,6 +170,9 @@ class SocketTransport:
         """See Transport."""
         if not self._closed:
             self._closed = True
+            if self._poller is not None:
+                self._poller.watch(self._socket.fileno(), None)
+                self._poller = None
             with contextlib.suppress(RuntimeError):  # outside of Trio nobody can be waiting for it
                 trio.lowlevel.notify_closing(self._socket)
             self._socket.close()
@@ -190,12 +241,36 @@ class _Pipe:
         self.data = bytearray()
         self.ended = False  # nothing more will be written
         self.broken: int = 0  # errno for both ends
+        self.reader: Callable[[], object] | None = None
+        self.writer: Callable[[], object] | None = None
         self._changed: trio.Event | None = None
+        self._told = False
 
     def notify(self) -> None:
         if self._changed is not None:
             self._changed.set()
             self._changed = None
+        self.tell()
+
+    def tell(self) -> None:
+        """Call back who watches; never from within a call back, nor from within the call that changed something."""
+        if not self._told and (self.reader is not None or self.writer is not None):
+            self._told = True
+            trio.lowlevel.current_trio_token().run_sync_soon(self._tell)
+
+    def _tell(self) -> None:
+        self._told = False
+        for call in self._due():
+            call()
+        if self._due():  # level-triggered, as the kernel's lists of what is ready
+            self.tell()
+
+    def _due(self) -> list[Callable[[], object]]:
+        over = self.ended or self.broken != 0
+        due = [self.reader] if self.reader is not None and (self.data or over) else []
+        if self.writer is not None and (len(self.data) < self.capacity or over):
+            due.append(self.writer)
+        return due
 
     async def wait_change(self) -> None:
         if self._changed is None:
@@ -225,6 +300,20 @@ class _MemoryTransport:
             pipe.data += memoryview(data)[:taken]
             pipe.notify()
         return max(taken, 0)
+
+    def send_pieces_nowait(self, pieces: Sequence[bytes | memoryview]) -> int:
+        return self.send_nowait(b"".join(pieces))
+
+    def watch(
+        self,
+        poller: Poller,  # noqa: ARG002 - there is no descriptor to poll
+        readable: Callable[[], object] | None,
+        writable: Callable[[], object] | None,
+    ) -> None:
+        if not self._closed:
+            self._from_peer.reader, self._to_peer.writer = readable, writable
+            self._from_peer.tell()
+            self._to_peer.tell()
 
     def receive_into_nowait(self, buffer: bytearray | memoryview) -> int | None:
         pipe = self._from_peer
@@ -263,7 +352,7 @@ class _MemoryTransport:
     def close(self) -> None:
         if self._closed:
             return
-        self._closed = True
+        self._stop_watching()
         if self._from_peer.data:  # Linux answers with a reset when a socket is closed with unread bytes
             self._break(errno.ECONNRESET)
         else:
@@ -273,8 +362,12 @@ class _MemoryTransport:
 
     def abort(self) -> None:
         if not self._closed:
-            self._closed = True
+            self._stop_watching()
             self._break(errno.ECONNRESET)
+
+    def _stop_watching(self) -> None:
+        self._closed = True
+        self._from_peer.reader = self._to_peer.writer = None
 
     def _break(self, code: int) -> None:
         for pipe in (self._to_peer, self._from_peer):
@@ -301,4 +394,4 @@ def memory_transport_pair(capacity: int = 64 * 1024) -> tuple[Transport, Transpo
     return _MemoryTransport(one, two), _MemoryTransport(two, one)
 
 
-__all__ = ["Transport", "SocketTransport", "connect_tcp", "memory_transport_pair"]
+__all__ = ["Poller", "Transport", "SocketTransport", "connect_tcp", "memory_transport_pair"]

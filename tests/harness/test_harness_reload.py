@@ -87,6 +87,7 @@ def test_every_key_that_others_depend_on_waits_for_a_restart() -> None:
         "net.offload",
         "net.workers",
         "net.configure",
+        "pool.spin",
         "control.socket",
         "control.group",
     }

@@ -133,7 +133,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
             "configure": True,
             "drain": "3s",
         },
-        "pool": {"max": 128, "max_age": "5m", "idle": 2},
+        "pool": {"max": 128, "max_age": "5m", "idle": 2, "spin": "200us"},
         "limits": {
             "flows": 24000,
             "half_open": 1024,

@@ -304,7 +304,7 @@ async def test_an_aborted_flow_is_reset_at_the_app(autojump_clock: MockClock) ->
         assert flow.failure == "aborted"
 
 
-@pytest.mark.parametrize("what", ["receive_some", "wait_send_space", "wait_delivered", "wait_refused_or_eof"])
+@pytest.mark.parametrize("what", ["receive_some", "wait_send_space", "wait_delivered"])
 async def test_who_waits_learns_that_the_app_has_reset(autojump_clock: MockClock, what: str) -> None:
     async with world() as there:
         app, flow = await there.pair(auto_read=False, buffer=65536)
@@ -384,8 +384,9 @@ async def test_a_sink_gets_what_came_before_it(autojump_clock: MockClock) -> Non
         flow.attach(sink)
         await app.send_all(b" late")
         await app.send_eof()
+        await settled()
 
-        assert await flow.wait_refused_or_eof()
+        assert flow.ended
         assert sink.taken == b"early late"
 
 
@@ -394,26 +395,27 @@ async def test_what_a_sink_refuses_waits_in_order_and_stops_the_app(autojump_clo
     async with world() as there, trio.open_nursery() as nursery:
         app, flow = await there.pair()
         sink = Sink(10_000)
-        flow.attach(sink)
+        told: list[bool] = []
+        flow.attach(sink, lambda: told.append(flow.refused))
 
         async def send() -> None:
             await app.send_all(data)
             await app.send_eof()
 
         nursery.start_soon(send)
-        assert not await flow.wait_refused_or_eof()
         await trio.sleep(5)
+        assert told == [True]
         assert len(sink.taken) == 10_000
         assert flow.bytes_from_app < 700_000
         calls = sink.calls
 
-        while True:
+        while not flow.ended:
             sink.room += 100_000
             flow.offer()
-            if await flow.wait_refused_or_eof():
-                break
+            await settled()
 
         assert calls == 1, "what was refused is offered again only on request"
+        assert told[-1] is False
         assert bytes(sink.taken) == data
 
 
@@ -423,8 +425,9 @@ async def test_a_sink_that_broke_keeps_the_flow_until_somebody_decides(autojump_
         app, flow = await there.pair()
         flow.attach(lambda views: 0)
         await app.send_all(b"x")
+        await settled()
 
-        assert not await flow.wait_refused_or_eof()
+        assert flow.refused
         flow.abort()
 
         await settled()

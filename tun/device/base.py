@@ -63,6 +63,13 @@ class Device(Protocol):
         """Packets that `write` and `write_packet` took and threw away, by reason ("link_down", "refused", ...)."""
         ...
 
+    def fileno(self) -> int:
+        """A descriptor that is readable when `read` has something, or would raise; -1 where there is none.
+
+        It stays the device's.
+        """
+        ...
+
     def read(self) -> bytes | None:
         """Take one packet, prefix included.
 

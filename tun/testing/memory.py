@@ -99,6 +99,10 @@ class MemoryDevice:
     def __repr__(self) -> str:
         return f"<MemoryDevice {self.name} waiting={len(self._queue)}>"
 
+    def fileno(self) -> int:
+        """There is none."""
+        return -1
+
     def read(self) -> bytes | None:
         """Take one packet; see `Device.read`."""
         self._check()
@@ -277,6 +281,10 @@ class FaultyDevice:
     def drops(self) -> dict[str, int]:
         """What the device behind threw away; the faults made here are in `faults`."""
         return self.device.drops
+
+    def fileno(self) -> int:
+        """None, whatever the device behind has: delayed packets come without it."""
+        return -1
 
     def read(self) -> bytes | None:
         """Take one packet that has arrived by now; see `Device.read`."""

@@ -17,6 +17,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from tun.poller import Poller
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
@@ -155,7 +157,7 @@ class FakeFlow:
         self.failure = ""
         self.ending = ""  # "", "closed" or "aborted"
         self._sink: Callable[[Sequence[memoryview]], int] | None = None
-        self._refused = False
+        self.refused = False
         self._from_app = bytearray()
         self._receive_buffer = receive_buffer
         self._app_eof = False
@@ -170,7 +172,8 @@ class FakeFlow:
         self.bytes_from_app = 0
         self.bytes_to_app = 0
         self.eof_order: list[str] = []
-        self._on_broken: Callable[[], object] | None = None
+        self._on_change: Callable[[], object] | None = None
+        self._short = False
 
     def _notify(self) -> None:
         self._changed.set()
@@ -183,23 +186,21 @@ class FakeFlow:
 
     # the relay's side
 
-    def on_broken(self, callback: Callable[[], object] | None) -> None:
-        self._on_broken = callback
-        self._tell_broken()
-
-    def _tell_broken(self) -> None:
-        if self.failure and self._on_broken is not None:
-            callback, self._on_broken = self._on_broken, None
-            callback()
-
-    def attach(self, sink: Callable[[Sequence[memoryview]], int] | None) -> None:
+    def attach(
+        self, sink: Callable[[Sequence[memoryview]], int] | None, on_change: Callable[[], object] | None = None
+    ) -> None:
         self._sink = sink
-        self._refused = False
+        self._on_change = on_change
+        self.refused = False
         if sink is not None:
             self.offer()
 
+    def _tell(self) -> None:
+        if self._on_change is not None:
+            self._on_change()
+
     def offer(self) -> None:
-        self._refused = False
+        self.refused = False
         if self._sink is not None and not self.failure and self._from_app:
             data = bytes(self._from_app)
             middle = len(data) // 2
@@ -208,18 +209,18 @@ class FakeFlow:
             assert 0 <= taken <= len(data)
             del self._from_app[:taken]
             self.bytes_from_app += taken
-            self._refused = taken < len(data)
+            self.refused = taken < len(data)
         self._notify()
+        if self.refused or self.failure or self.ended:
+            self._tell()
 
-    async def wait_refused_or_eof(self) -> bool:
-        await trio.lowlevel.checkpoint_if_cancelled()
-        while True:
-            self._check()
-            if self._refused:
-                return False
-            if self._app_eof and not self._from_app:
-                return True
-            await self._changed.wait()
+    @property
+    def ended(self) -> bool:
+        return self._app_eof and not self._from_app
+
+    @property
+    def has_room(self) -> bool:
+        return self._waiting_for_app < self._send_buffer
 
     def send_nowait(self, data: memoryview, /) -> int:
         self._check()
@@ -231,25 +232,22 @@ class FakeFlow:
             self._waiting_for_app += taken
             self.bytes_to_app += taken
             self._notify()
+        self._short = taken < len(data)
         return taken
 
     @property
     def send_space(self) -> int:
         return self._send_buffer - self._waiting_for_app
 
-    async def wait_send_space(self) -> None:
-        await trio.lowlevel.checkpoint_if_cancelled()
-        self._check()
-        while self._waiting_for_app >= self._send_buffer:
-            await self._changed.wait()
-            self._check()
+    def want_room(self) -> None:
+        self._short = True
 
-    async def send_eof(self) -> None:
-        await trio.lowlevel.checkpoint()
+    def send_eof_nowait(self) -> None:
         self._check()
-        self._our_eof = True
-        self.eof_order.append("to app")
-        self._notify()
+        if not self._our_eof:
+            self._our_eof = True
+            self.eof_order.append("to app")
+            self._notify()
 
     async def wait_delivered(self) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
@@ -281,7 +279,7 @@ class FakeFlow:
             if room:
                 self._from_app += data[:room]
                 data = data[room:]
-                if not self._refused:  # as in a packet batch
+                if not self.refused:  # as in a packet batch
                     self.offer()
                 self._notify()
             else:
@@ -292,11 +290,13 @@ class FakeFlow:
         self._app_eof = True
         self.eof_order.append("from app")
         self._notify()
+        if self.ended:
+            self._tell()
 
     def app_reset(self) -> None:
         self.failure = "reset"
         self._notify()
-        self._tell_broken()
+        self._tell()
 
     def app_read_nowait(self) -> bytes:
         """Acknowledge and read all that waits."""
@@ -307,6 +307,9 @@ class FakeFlow:
         self._waiting_for_app = 0
         self.app_received += data
         self._notify()
+        if self._short:
+            self._short = False
+            self._tell()
         return data
 
     async def app_read(self) -> bytes:
@@ -326,6 +329,14 @@ class FakeFlow:
         while await self.app_read():
             pass
         return bytes(self.app_received)
+
+
+@pytest.fixture
+def poller() -> Iterator[Poller]:
+    """Not running: transports in memory need none."""
+    poller = Poller()
+    yield poller
+    poller.close()
 
 
 class FakeRequest:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tests.ngrokd.relay.conftest import Authority, FakeFlow, FakeRequest
+    from tun.poller import Poller
 
 HOST = "ingress.example"
 API = Endpoint("ep_1", "http://my-api.prod", "http", "my-api.prod", 80, "http")
@@ -31,7 +32,8 @@ NOTICE = bytes.fromhex("06002a040a026869")
 class World:
     """An ingress over memory that answers and then echoes, and a handler in front of it."""
 
-    def __init__(self, authority: Authority) -> None:
+    def __init__(self, authority: Authority, poller: Poller) -> None:
+        self.poller = poller
         self.authority = authority
         self.answer = OK
         self.after_answer = "echo"
@@ -51,6 +53,7 @@ class World:
         self.handler = Handler(
             lambda destination: API if destination[1] == 80 else None,
             self.ingress,
+            self.poller,
             on_event=self.events.append,
             strict=strict,
         )
@@ -112,8 +115,8 @@ class World:
 
 
 @pytest.fixture
-def world(authority: Authority) -> World:
-    return World(authority)
+def world(authority: Authority, poller: Poller) -> World:
+    return World(authority, poller)
 
 
 async def test_bytes_go_there_and_back(world: World, make_request: Callable[..., FakeRequest]) -> None:

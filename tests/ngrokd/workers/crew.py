@@ -48,6 +48,9 @@ class Handle:
             raise DeviceError("closed", errno=errno.EBADF)
         return self._device
 
+    def fileno(self) -> int:
+        return -1
+
     def read(self) -> bytes | None:
         return self._open().read()
 
