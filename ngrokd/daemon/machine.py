@@ -53,6 +53,7 @@ class LinuxMachine:
         self._addresses: frozenset[bytes] = frozenset()
         self._claimed: tuple[Network, ...] = ()
         self._mtu = 0
+        self._index = 0  # of the interface, whatever its name is now
         self._wants_ipv6 = False
         self.problem = ""
         self.ipv6_problem = ""
@@ -139,6 +140,8 @@ class LinuxMachine:
             self._device = open_device(step.text("interface"), offload=bool(step.number("offload")), mtu=self._mtu)
         except DeviceError as error:
             raise DeviceRefusedError(str(error), remedy=error.remedy) from error
+        with contextlib.suppress(OSError):  # deleted already, which the pump is about to see
+            self._index = socket.if_nametoindex(step.text("interface"))
         return True
 
     def _close(self, _step: Step) -> bool:
@@ -226,8 +229,15 @@ class LinuxMachine:
                 log.info("link, address and routes are as they should be again")
 
     def _ensure(self, ours: Plan) -> list[Step]:
-        """Restore what is no longer in force."""
-        return [*linux.ensure(ours.of_version(4)), *self._ensure_ipv6()]
+        """Restore what is no longer in force. What somebody has taken of one version does not cost the other."""
+        if ours.steps and self._index and linux.rename_back(self._index, ours.interface):
+            log.warning("somebody renamed the interface; it is %s again", ours.interface)
+        restored: list[Step] = []
+        try:
+            restored = linux.ensure(ours.of_version(4))
+        finally:
+            restored += self._ensure_ipv6()
+        return restored
 
     def _ensure_ipv6(self) -> list[Step]:
         """Restore what IPv6 needs, or note why it cannot be. Switching it off and on again is nobody's mistake."""

@@ -493,6 +493,40 @@ def undo(plan: Plan, actions: Mapping[str, Action] | None = None) -> Undone:
 cleanup = undo
 
 
+def rename_back(index: int, interface: str) -> bool:
+    """Give a TUN interface that somebody has renamed its name back.
+
+    Args:
+        index: of the interface, which it keeps as long as it exists.
+        interface: the name that it had.
+
+    Returns: whether it had another one; False too when there is no such interface any more.
+
+    Raises:
+        HostError: the kernel refused, for example because the name is somebody else's now.
+    """
+    from ngrokd.host.netlink import NetlinkError
+
+    with _iproute() as ipr:
+        try:
+            link = next(iter(ipr.link("get", index=index)), None)
+        except NetlinkError as error:
+            if error.code != errno.ENODEV:
+                raise
+            return False
+        if link is None or _kind(link)[0] != "tun" or _attribute(link, "IFLA_IFNAME", interface) == interface:
+            return False
+        try:
+            ipr.link("set", index=index, ifname=interface)
+        except NetlinkError as error:
+            if error.code != errno.EBUSY:
+                raise
+            # Before 6.2 the kernel renames only what is down; that and the routes are for `ensure` to restore.
+            ipr.link("set", index=index, state="down")
+            ipr.link("set", index=index, ifname=interface)
+        return True
+
+
 def _actions(ipr: IPRoute) -> dict[str, Action]:
     return {
         GUARD: Action(lambda step: _add_guard(ipr, step), lambda step: _delete_guard(ipr, step)),

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.netns.stage import Stage
-from tests.netns.support import ROOT, Namespace, Running
+from tests.netns.support import ROOT, Namespace, Running, require_tools
 
 pytestmark = pytest.mark.netns
 
@@ -35,6 +35,39 @@ while True:
     assert received == sent
     round += 1
     print(round)
+"""
+# Six flows, three of each version; each sends noise of any size and has it back before it sends more.
+LOAD_CLIENT = """
+import hashlib, random, socket, sys, threading
+addresses, wrong, rounds, resets = sys.argv[1:], [], [0] * 6, [0]
+def exchange(s, chance):
+    sent, received = chance.randbytes(chance.randrange(1, 400_000)), bytearray()
+    sender = threading.Thread(target=s.sendall, args=(sent,))
+    sender.start()
+    while len(received) < len(sent):
+        part = s.recv(65536)
+        if not part:
+            raise EOFError("a clean end in the middle")
+        received += part
+    sender.join()
+    assert hashlib.sha256(received).digest() == hashlib.sha256(sent).digest(), "other bytes than were sent"
+def work(number):
+    chance = random.Random(number)
+    while not wrong:
+        try:
+            with socket.create_connection((addresses[number % len(addresses)], 7), 20) as s:
+                s.settimeout(20)
+                while True:
+                    exchange(s, chance)
+                    rounds[number] += 1
+        except (ConnectionResetError, BrokenPipeError):
+            resets[0] += 1
+        except BaseException as error:
+            wrong.append(repr(error))
+for number in range(6):
+    threading.Thread(target=work, args=(number,), daemon=True).start()
+for line in sys.stdin:
+    print("told", min(rounds), resets[0], wrong, flush=True)
 """
 MANY_CLIENT = """
 import errno, socket
@@ -117,6 +150,97 @@ def test_what_somebody_changes_is_restored_within_a_second_and_no_byte_is_lost(s
     client.expect(f"^{rounds + 5}$", timeout=20)
     eventually(lambda: stage.status()["state"] == "ready", within=6)
     assert client.returncode is None
+
+
+FAULTS = [
+    "ip link set ngrokd0 down",
+    "ip link set ngrokd0 down; ip link set ngrokd0 up",
+    "ip link set ngrokd0 mtu 576",
+    "ip link set ngrokd0 mtu 1300",
+    "ip link set ngrokd0 mtu 9000",
+    "ip link set ngrokd0 txqueuelen 2",
+    "ip link set ngrokd0 name other0",  # which kernels before 6.2 refuse
+    "ip link set ngrokd0 down; ip link set ngrokd0 name other0",
+    "ethtool -K ngrokd0 tx off sg off tso off gso off",
+    "ethtool -K ngrokd0 tx on sg on tso on gso on",
+    "ip addr flush dev ngrokd0",
+    "ip route flush dev ngrokd0",
+    "ip -6 addr flush dev ngrokd0",
+    "ip -6 route flush dev ngrokd0",
+    "ip link del ngrokd0",
+    "ip route del 10.107.0.0/16 dev ngrokd0; ip link set ngrokd0 mtu 68; ip link del ngrokd0",
+]
+
+
+def test_flows_survive_whatever_is_done_to_the_link_and_no_byte_is_wrong(netns: Callable[[], Namespace]) -> None:
+    """Each fault twice, under load over both versions. The better time counts: this machine has other work."""
+    require_tools("ethtool")
+    if not os.path.exists("/proc/net/if_inet6"):
+        pytest.skip("this kernel has no IPv6")
+    play = Stage(netns(), "--demo", "--set", 'net.subnet6="auto"')
+    try:
+        play.start()
+        addresses = re.findall(r"^(\S+)\techo\.demo$", play.hosts(), re.MULTILINE)
+        client = play.ns.start([sys.executable, "-u", "-c", LOAD_CLIENT, *addresses])
+        told = 0
+
+        def tell() -> tuple[int, int, str]:
+            nonlocal told
+            client.write("\n")
+            told += 1
+            client.expect(rf"\A(?:told .*\n){{{told}}}")
+            _, rounds, resets, wrong = client.stdout.splitlines()[-1].split(" ", 3)
+            return int(rounds), int(resets), wrong
+
+        eventually(lambda: tell()[0] >= 2, within=20)
+        before = sections(play)
+        times: dict[str, list[float]] = {}
+        for fault in FAULTS * 2:
+            rounds = tell()[0]
+            play.ns.run(["sh", "-c", fault])
+            times.setdefault(fault, []).append(eventually(lambda: sections(play) == before, within=5))
+            eventually(lambda rounds=rounds: tell()[0] > rounds or tell()[2] != "[]", within=15)  # type: ignore[misc]
+            assert tell()[2] == "[]", fault
+
+        assert max(min(both) for both in times.values()) < 1.0, times
+        # That IPv6 may be used again is told to nobody who does not ask.
+        switch = "/proc/sys/net/ipv6/conf/ngrokd0/disable_ipv6"
+        play.ns.run(["sh", "-c", f"echo 1 >{switch}; sleep 0.3; echo 0 >{switch}"])
+        eventually(lambda: sections(play) == before, within=8)
+        rounds = tell()[0]
+        eventually(lambda: tell()[0] > rounds, within=15)
+        assert tell()[1:] == (0, "[]")
+    finally:
+        play.close()
+
+
+def test_a_route_that_somebody_takes_does_not_cost_the_other_version(netns: Callable[[], Namespace]) -> None:
+    """What is taken of IPv4 is a problem that status shows; IPv6 is restored, and IPv4 when it is free again."""
+    if not os.path.exists("/proc/net/if_inet6"):
+        pytest.skip("this kernel has no IPv6")
+    play = Stage(netns(), "--demo", "--set", 'net.subnet6="auto"')
+    try:
+        play.start()
+        before = sections(play)
+        ours = [line for line in before if line.startswith("fd")]
+
+        play.ns.run(["sh", "-c", "ip route replace 10.107.0.0/16 dev lo; ip -6 route flush dev ngrokd0"])
+        eventually(lambda: set(ours) <= set(sections(play)), within=3)
+        eventually(lambda: "is taken" in play.status()["network"]["problem"], within=3)
+        play.ns.run(["ip", "route", "del", "10.107.0.0/16", "dev", "lo"])
+
+        eventually(lambda: sections(play) == before, within=8)
+        eventually(lambda: play.status()["state"] == "ready", within=8)
+        assert len(ours) == 1
+    finally:
+        play.close()
+
+
+def sections(stage: Stage) -> list[str]:
+    """What is ours on this machine, in one look; a link that IPv6 comes back to may have a link-local address."""
+    look = "ip -o link show ngrokd0; ip -o addr show dev ngrokd0; ip route; ip -6 route show proto static"
+    shown = stage.ns.run(["sh", "-c", look], check=False).stdout
+    return sorted(re.sub(r"^\d+: ", "", line) for line in shown.splitlines() if "fe80" not in line)
 
 
 def test_a_subnet_that_somebody_else_comes_to_claim_is_a_problem_that_status_shows(stage: Stage) -> None:
