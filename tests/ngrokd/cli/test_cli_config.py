@@ -46,8 +46,9 @@ listen = "localhost"
 
 
 @pytest.fixture
-def file(folder: Path) -> Path:
-    """Where the fixture `cli` lets the default configuration be."""
+def file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the fixture `cli` lets the default configuration be. Texts that `edit` keeps go there with it."""
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
     return folder / "config.toml"
 
 
