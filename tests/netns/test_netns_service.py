@@ -27,9 +27,9 @@ def stage(netns: Callable[[], Namespace]) -> Iterator[Stage]:
     play.close()
 
 
-def walled(play: Stage, *arguments: str) -> list[str]:
+def walled(play: Stage, *arguments: str, workers: int = 1) -> list[str]:
     """A command line of ngrokd as the unit would run it."""
-    unit = systemd_unit(Service())
+    unit = systemd_unit(Service(workers=workers))
     [capabilities] = [line.partition("=")[2] for line in unit.splitlines() if line.startswith("CapabilityBoundingSet")]
     bounding = "".join(f",+{name.removeprefix('CAP_').lower()}" for name in capabilities.split())
     rights = f"setpriv --bounding-set=-all{bounding} --inh-caps=-all --no-new-privs"
@@ -44,18 +44,20 @@ def walled(play: Stage, *arguments: str) -> list[str]:
     return ["unshare", "--mount", "sh", "-e", "-c", "; ".join(walls)]
 
 
-def start(play: Stage) -> Running:
-    play.daemon = play.ns.start(walled(play, "run"), env={"NGROKD_SOCKET": "/run/ngrokd/ngrokd.sock"})
+def start(play: Stage, *, workers: int = 1) -> Running:
+    command = walled(play, "run", "--set", f"net.workers={workers}", workers=workers)
+    play.daemon = play.ns.start(command, env={"NGROKD_SOCKET": "/run/ngrokd/ngrokd.sock"})
     play.daemon.expect(r"^\[ready\] .*\n", timeout=15)
     return play.daemon
 
 
-def test_everything_works_within_the_walls(stage: Stage) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_everything_works_within_the_walls(stage: Stage, workers: int) -> None:
     """Device, routes, names, connections; the commands find the service's socket by themselves; all is undone."""
     stage.ns.run(["mkdir", "-m", "755", "/run/ngrokd"])
     stage.ns.run(["sh", "-c", "grep -q '^127' /etc/hosts"])
     before, hosts = stage.network(), stage.hosts()
-    start(stage)
+    start(stage, workers=workers)
 
     greeting = stage.ns.run(["curl", "-sS", "--max-time", "10", "http://hello.demo/"]).stdout
     status = json.loads(stage.ns.run([sys.executable, "-m", "ngrokd", "status", "--json"]).stdout)["data"]
@@ -69,11 +71,12 @@ def test_everything_works_within_the_walls(stage: Stage) -> None:
     assert (stage.network(), stage.hosts()) == (before, hosts)
 
 
-def test_what_a_killed_service_left_is_removed_within_the_walls(stage: Stage) -> None:
-    """ExecStopPost has no more rights than the daemon had."""
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_a_killed_service_left_is_removed_within_the_walls(stage: Stage, workers: int) -> None:
+    """ExecStopPost has no more rights than the daemon had; workers end by themselves."""
     stage.ns.run(["mkdir", "-m", "755", "/run/ngrokd"])
     before, hosts = stage.network(), stage.hosts()
-    daemon = start(stage)
+    daemon = start(stage, workers=workers)
     daemon.kill()
     daemon.wait(timeout=5)
     assert "10.107." in stage.hosts()
