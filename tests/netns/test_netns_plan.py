@@ -136,6 +136,7 @@ def test_a_plan_needs_no_rights_and_names_who_is_in_the_way(stage: Callable[...,
     """Before anybody types sudo: a foreign route, with a subnet that is free, and a port that is taken."""
     play = stage()
     play.ns.run(["ip", "link", "add", "br-1234", "type", "bridge"])
+    play.ns.run(["ip", "link", "set", "br-1234", "addrgenmode", "none"])  # or one comes by itself, later
     play.ns.run(["ip", "addr", "add", "10.107.3.1/24", "dev", "br-1234"])
     play.ns.run(["ip", "link", "set", "br-1234", "addrgenmode", "none", "up"])
     squat = "import socket, time; s = socket.create_server(('127.0.0.1', 8081)); print('on'); time.sleep(60)"
