@@ -250,6 +250,27 @@ def test_a_flood_of_guests_does_not_press_this_host() -> None:
     assert door.syn(30000, 3.2, source=GUEST) == ""
 
 
+def test_strangers_who_press_are_let_in_slowly() -> None:
+    """As patient as a kernel, and each of them would be dialled at once: a hundred a second are."""
+    door = Door(undecided=6000)
+    door.flood(4100, 1.0, verified=False)
+    others = door.stack._table.others
+    assert others.pressed
+    for flow in list(others.flows.values()):
+        door.stack.refuse(flow, 1.0)
+    for port in range(20000, 21000):
+        door.syn(port, 1.5, verified=False)
+    before = door.stack.opened
+    for step in range(100):
+        now = 2.5 + step / 100
+        for port in range(20000, 21000, 10):
+            door.syn(port + step % 10, now, verified=False)
+        for flow in list(others.flows.values()):
+            door.stack.refuse(flow, now)
+
+    assert 100 <= door.stack.opened - before <= 110
+
+
 def test_a_port_in_time_wait_is_kept_until_it_is_let_in() -> None:
     """The new connection's numbers must lie above the old one's, though the first try was turned away."""
     door = Door()

@@ -18,7 +18,8 @@ name of greylisting.) It costs who means well one second, so it must begin only 
   * a noted SYN that comes again too soon was not sent by a kernel, and is noted anew;
   * it ends when, in a turn of a few seconds, few were noted or most of them came again: then they were real;
   * a flood that is as patient as a kernel gets what share it has of those who are let in. This host's programs have all
-    their places meanwhile; strangers have few, so that their dials do not fill the queue in front of all others'.
+    their places meanwhile; strangers have few and are let in slowly, so that their dials do not fill the queue in front
+    of all others', nor the time of the processor.
 
 Nothing of this is stateless: what is noted is bounded by TURN_NOTES twice, 110 bytes each, and gone with the pressure.
 """
@@ -37,6 +38,10 @@ TURN_NOTES: Final = 65536
 LONG_S: Final = 1.5
 # This part of its places is few: so many unproven requests may be waiting where there is pressure.
 FEW: Final = 8
+# Under pressure strangers are let in no faster than this, a second; so many come at once at most. Each is a TLS
+# handshake, a third of a processor at this rate, and packets are not read meanwhile.
+PACE: Final = 100.0
+AT_ONCE: Final = 10.0
 
 
 class Waiting:
@@ -53,6 +58,7 @@ class Waiting:
     __slots__ = (
         "_before",
         "_few",
+        "_next_at",
         "_noted",
         "_places",
         "_returned",
@@ -82,6 +88,7 @@ class Waiting:
         self.turn_at: float = float("inf")
         self.unproven: list[Flow] = []
         self._noted: dict[bytes, float] = {}
+        self._next_at: float = 0.0  # when a stranger is let in again, under pressure
         self._before: dict[bytes, float] = {}  # what was noted in the turn before
         self._returned: int = 0  # noted ones that came again in this turn
 
@@ -132,6 +139,10 @@ class Waiting:
             reason = reason or self._is_full(source)
         if not self._came_again(name, now):
             return "first_try"
+        if not reason and self._source_places:
+            if now < self._next_at:
+                return "source_limit"
+            self._next_at = max(self._next_at, now - (AT_ONCE - 1.0) / PACE) + 1.0 / PACE
         if not reason:
             self._forget(name)
         return reason
