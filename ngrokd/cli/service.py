@@ -69,7 +69,7 @@ def install(context: Context, name: str, key_file: str | None, now: bool, force:
         if not os.path.isdir(directory):
             files.ensure_private_directory(directory)  # what is not there cannot be made writable in the unit
     changed = manager.install(made, force=force)
-    started = now and _start(manager, made.name, changed=changed)
+    started = now and _start(context, manager, made.name, changed=changed)
     path = manager.path(made.name)
     if context.as_json:
         context.print_document({"unit": path, "changed": changed, "started": started, "socket": made.socket})
@@ -232,10 +232,15 @@ def systemd() -> Systemd:
     return Systemd()
 
 
-def _start(manager: Systemd, name: str, *, changed: bool) -> bool:
+def _start(context: Context, manager: Systemd, name: str, *, changed: bool) -> bool:
+    """Start it, or restart it when it has changed. Raises TakenError while one that was started by hand runs."""
     if not manager.is_here:
         return False
     running = manager.state(name).active in ("active", "activating", "reloading")
+    if not running:
+        from ngrokd.doctor.residue import check_nobody_lives
+
+        check_nobody_lives(context.load_daemons_settings())
     manager.call("restart" if running and changed else "start", name)
     return True
 

@@ -89,7 +89,9 @@ def api_key(patient: Patient) -> Iterator[Finding]:
     key = config.resolve_api_key(patient.settings, patient.environ)
     if key.problem:
         make = warn if "ermission" in key.problem and not patient.is_root else fail
-        remedy = _SUDO if make is warn else f"set it right: {key.source}"
+        stored = key.source.startswith("set-api-key")
+        mend = "give the daemon another: sudo ngrokd set-api-key" if stored else f"set it right: {key.source}"
+        remedy = _SUDO if make is warn else mend
         yield make("api-key", f"no API key: {key.problem}", remedy)
     elif not key.source:
         known = (patient.status or {}).get("api", {})

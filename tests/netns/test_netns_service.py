@@ -15,9 +15,11 @@ import pytest
 
 from ngrokd.host.units import Service, systemd_unit
 from tests.netns.stage import Stage
-from tests.netns.support import Namespace, Running
+from tests.netns.support import ROOT, Namespace, Running
 
 pytestmark = pytest.mark.netns
+
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 @pytest.fixture
@@ -103,3 +105,44 @@ def test_a_service_is_not_made_of_what_others_can_change(stage: Stage) -> None:
     assert "belongs to uid 65534" in refused.stderr
     assert "sudo make install" in refused.stderr
     assert "ngrokd.service" not in stage.ns.run(["ls", "/etc/systemd/system"]).stdout
+
+
+def test_the_life_of_a_service(stage: Stage) -> None:
+    """Installed and started, found by every command, restarted when it has changed, stopped, removed."""
+    ns = stage.ns
+    ns.run(["mkdir", "-p", "/etc/systemd/system", "/run/bin", "/run/systemd/system"])
+    ns.write_file("/run/bin/systemctl", f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/netns/systemctl.py "$@"\n')
+    ns.run(["chmod", "755", "/run/bin/systemctl"])
+    ns.write_file("/etc/ngrokd.toml", ns.read_file(stage.lab.config))
+    env = {"PATH": f"/run/bin:{PATH}", "NGROKD_CONFIG": "/etc/ngrokd.toml"}
+
+    def service(*words: str, check: bool = True) -> tuple[int, str]:
+        command = [sys.executable, "-m", "ngrokd", "service", *words]
+        done = ns.run(command, env=env, check=check, timeout=60)
+        return done.returncode, done.stdout + done.stderr
+
+    by_hand = stage.start()
+    refused = service("install", "--now", "--trust-writable", check=False)
+    assert refused[0] == 73
+    assert f"process {by_hand.pid}" in refused[1]
+    assert stage.stop() == 0
+
+    assert service("install", "--now", "--trust-writable")[0] == 0
+    ask = [sys.executable, "-m", "ngrokd", "--socket", "/run/ngrokd/ngrokd.sock"]
+    ns.run([*ask, "wait", "--timeout", "20s"], timeout=30)
+    first = json.loads(ns.run([*ask, "status", "--json"]).stdout)["data"]["pid"]
+    code, said = service("status")
+    assert (code, f"Process  {first}" in said) == (0, True), said
+    assert "unchanged" in service("install", "--now", "--trust-writable")[1]
+    assert json.loads(ns.run([*ask, "status", "--json"]).stdout)["data"]["pid"] == first
+    ns.write_file("/etc/ngrokd.toml", ns.read_file("/etc/ngrokd.toml") + '\n[net]\ndrain = "60s"\n')
+    assert "TimeoutStopSec=70" in service("print")[1]
+    service("restart")
+    ns.run([*ask, "wait", "--timeout", "20s"], timeout=30)
+    assert json.loads(ns.run([*ask, "status", "--json"]).stdout)["data"]["pid"] != first
+    assert service("stop")[0] == 0
+    assert service("status", check=False)[0] == 3
+    assert service("uninstall")[0] == 0
+    assert "there was no service" in service("uninstall")[1]
+    assert "ngrokd.service" not in ns.run(["ls", "/etc/systemd/system"]).stdout
+    assert "10.107." not in stage.hosts()
