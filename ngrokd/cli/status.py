@@ -96,7 +96,21 @@ def _facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("After restart", ", ".join(map(str, _list(_table(data.get("config")).get("needs_restart"))))),
         ("Endpoints", _count(data)),
         ("Connections", _connections(data)),
+        ("Workers", _workers(data)),
     ]
+
+
+def _workers(data: Mapping[str, Any]) -> str:
+    """The processes that carry connections, where the daemon does not do it itself."""
+    workers = [worker for worker in _list(data.get("workers")) if isinstance(worker, dict)]
+    running = [str(worker.get("pid")) for worker in workers if worker.get("state") == "running"]
+    if not workers:
+        return ""
+    count = len(workers) if len(running) == len(workers) else f"{len(running)} of {len(workers)} run"
+    restarts = sum(worker["restarts"] for worker in workers if isinstance(worker.get("restarts"), int))
+    return f"{count} (pid {', '.join(running)})" + (
+        "" if not restarts else ", replaced once" if restarts == 1 else f", replaced {restarts} times"
+    )
 
 
 def _validity(not_after: object) -> str:

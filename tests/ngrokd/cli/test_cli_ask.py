@@ -88,6 +88,30 @@ def test_status_shows_what_the_daemon_tells(cli: Cli, daemon: Daemon) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("workers", "shown"),
+    [
+        ([], None),
+        (
+            [{"pid": 1, "state": "running"}, {"pid": 2, "state": "running", "restarts": 1}],
+            "2 (pid 1, 2), replaced once",
+        ),
+        (
+            [{"pid": 0, "state": "starting", "restarts": 3}, {"pid": 2, "state": "running"}],
+            "1 of 2 run (pid 2), replaced 3",
+        ),
+        ("two", None),
+    ],
+)
+def test_status_names_the_workers(cli: Cli, daemon: Daemon, workers: object, shown: str | None) -> None:
+    """Where connections are carried by processes of their own, those are what `kill` and `perf` want to know."""
+    daemon(status=FULL_STATUS | {"workers": workers})
+
+    out = cli("status").out
+
+    assert (f"  Workers      {shown}" in out) if shown else ("Workers" not in out)
+
+
 def test_status_understands_the_go_daemon(cli: Cli, daemon: Daemon) -> None:
     """It tells four facts; the rest is left out."""
     daemon(status={"registered": False, "endpoint_count": 0, "ingress_endpoint": ""})
