@@ -157,7 +157,7 @@ def test_the_main_job_is_done_by_both(stage: Callable[..., Stage]) -> None:
     )  # curl tries a second address when the first is slow
     assert min(accepted) >= 10, accepted
     assert status["flows"] == 60 == sum(worker["flows"] for worker in status["workers"])
-    assert status["state"] == "ready"
+    assert status["state"] == "ready", status
     client.write("x\n")
     client.expect("alive 60 reset 0")
     assert play.daemon is not None
@@ -463,3 +463,24 @@ def test_operators_see_all_workers_as_one(stage: Callable[..., Stage]) -> None:
     play.ngrokd("ping", "echo.demo")
     metrics = play.ns.run(["curl", "-sS", "http://127.0.0.1:8081/metrics"]).stdout
     assert re.search(r"^ngrokd_flows(?:\{[^}]*\})? 20(?:\.0)?$", metrics, re.MULTILINE), metrics[:3000]
+
+
+def test_without_the_rights_to_drop_rights_nothing_starts(stage: Callable[..., Stage]) -> None:
+    """What is missing is named before anything was done to the machine; one worker needs none of it."""
+    play = stage()
+    before = play.network()
+    run = [
+        *("setpriv", "--bounding-set=-setuid,-kill", sys.executable, "-m", "ngrokd", "run"),
+        *("--config", play.lab.config),
+    ]
+
+    refused = play.ns.run(run, check=False, timeout=20)
+
+    assert refused.returncode == 77
+    assert "CAP_KILL, CAP_SETUID" in refused.stderr
+    assert play.network() == before
+    alone = play.ns.start([*run, "--set", "net.workers=1"])
+    alone.expect(r"^\[ready\]")
+    assert workers(play) == []
+    alone.terminate()
+    assert alone.wait(timeout=10) == 0
