@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import socket
 import time
@@ -77,6 +78,10 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def connects(play: Stage, source: str, link: str, endpoint: str) -> bool:
+    return bool(play.ns.python(CONNECT_FROM, source, link, endpoint).stdout == "ok\n")
 
 
 def set_ipv6(play: Stage, where: str, disabled: int) -> None:
@@ -171,9 +176,7 @@ def test_lines_follow_the_way(stage: Callable[[], Stage]) -> None:
 
     for address, link in (("2001:db8::5", "lo"), ("fe80::5", "ngrokd0")):
         play.ns.run(["ip", "-6", "addr", "add", address, "dev", link, "nodad"])
-        until(
-            lambda address=address, link=link: play.ns.python(CONNECT_FROM, address, link, wanted[1]).stdout == "ok\n"
-        )
+        until(functools.partial(connects, play, address, link, wanted[1]))
     play.ns.run(["ip", "-6", "route", "del", network, "dev", "ngrokd0"])
     until(lambda: network in play.ns.run(["ip", "-6", "route", "show", "dev", "ngrokd0"]).stdout)
     set_ipv6(play, "ngrokd0", 1)
