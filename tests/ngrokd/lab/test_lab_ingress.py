@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import pytest
 import trio
 import trio.testing
+from trio.abc import HalfCloseableStream
+from trio.testing import MockClock
 
 from ngrokd.errors import StreamTruncated
 from ngrokd.lab import backends
@@ -485,3 +487,27 @@ async def test_the_last_bytes_arrive_while_the_back_end_waits_for_more() -> None
                 while received.count(b"\r\n\r\n") == 0 or len(received.partition(b"\r\n\r\n")[2]) < 1_000_000:
                     received += await stream.receive_some()
         await stream.aclose()
+
+
+class BothWays:
+    """Waits for the client's bytes in one task while another one sends, and never ends."""
+
+    async def serve(self, stream: HalfCloseableStream) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stream.receive_some)
+            await trio.testing.wait_all_tasks_blocked()
+            await stream.send_all(b"x" * 1_000_000)
+            await trio.sleep_forever()
+
+
+async def test_nothing_stays_behind_while_another_task_receives(autojump_clock: MockClock) -> None:
+    """Neither does the last of what a full socket did not take, though nobody sends after it."""
+    async with opened() as world:
+        world.ingress.add_route("both.demo", 5432, BothWays(), endpoint_id="ep_both_1", proto="tcp")
+        stream, received = await world.open("both.demo")
+        with trio.fail_after(60):
+            while len(received) < 1_000_000:
+                await trio.sleep(0.01)
+                received += await stream.receive_some()
+
+    assert received == b"x" * 1_000_000
