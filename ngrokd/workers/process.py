@@ -119,8 +119,8 @@ def spawn(index: int, identity: Identity | None) -> LocalProcess:
 
 
 def usable_cpus() -> int:
-    """Processors that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processors that this process may run on; 1 where that cannot be told, and there are no workers either."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
 def environment() -> dict[str, str]:

@@ -23,10 +23,11 @@ import errno
 import os
 import pwd
 import signal
+import sys
 from dataclasses import dataclass
 from typing import Final
 
-from ngrokd.errors import Exit, NgrokdError
+from ngrokd.errors import ConfigError, Exit, NgrokdError
 
 USER: Final = "ngrokd"
 NOBODY: Final = 65534  # where there is no such user; the kernel's own overflow uid
@@ -70,8 +71,13 @@ def worker_identity() -> Identity | None:
     return Identity(entry.pw_uid, entry.pw_gid)
 
 
-def check_can_drop() -> None:
-    """Raise RightsError, naming what is missing, where a root process cannot make workers harmless, or end them."""
+def check_can_drop(platform: str = sys.platform) -> None:
+    """Raise RightsError, naming what is missing, where a root process cannot make workers harmless, or end them.
+
+    Raises ConfigError where there are no workers at all.
+    """
+    if platform != "linux":
+        raise ConfigError("net.workers above 1 needs Linux", remedy="leave it out, or set it to 1")
     if os.geteuid() != 0:
         return
     effective = _effective_capabilities()
