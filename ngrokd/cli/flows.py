@@ -12,6 +12,7 @@ import click
 from ngrokd.cli.columns import Column, fit, milliseconds_text, rate_text, rows_of, size_text, table_of, time_text
 from ngrokd.cli.context import Context, command, common_options
 from ngrokd.cli.output import clean, paint, print_lines, since, terminal_width
+from ngrokd.cli.programs import Programs
 
 RATE_S: Final = 0.5  # between the two looks that a rate takes
 LOOK_S: Final = 15.0  # many flows, and many processes to look through
@@ -79,6 +80,7 @@ def _look(context: Context) -> list[dict[str, Any]]:
             earlier = old.get(f"bytes_{way}") if old is not None else None
             both = isinstance(count, int) and isinstance(earlier, int)
             row[f"rate_{way}"] = round((int(count or 0) - int(earlier or 0)) / took) if both else None
+    Programs().name(second)
     return second
 
 

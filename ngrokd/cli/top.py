@@ -25,6 +25,7 @@ from ngrokd.cli.columns import Column, fit, milliseconds_text, rate_text, rows_o
 from ngrokd.cli.context import Context, command
 from ngrokd.cli.flows import STATES, user_name
 from ngrokd.cli.output import clean, paint, print_lines, terminal_width, truncate, wall_time
+from ngrokd.cli.programs import Programs
 
 LOOK_S: Final = 0.5  # how soon another size of the terminal is noticed
 FIRST_S: Final = 0.5  # so that the first rates do not take a whole interval
@@ -104,10 +105,12 @@ def top(context: Context, interval: float, sort: str, wanted: str, once: bool) -
 
 
 def _print_frames(context: Context, subscription: Subscription, view: View, *, once: bool) -> None:
+    programs = Programs()
     for line in subscription:
         frame = table_of(line)
         if not frame.get("interval_s"):  # nobody had looked before, so it has no rates
             continue
+        programs.name(rows_of(frame.get("flows")))
         if context.as_json:
             sys.stdout.write(json.dumps({"schema": "ngrokd.top/1", **frame}) + "\n")
             sys.stdout.flush()
@@ -288,6 +291,7 @@ def keys_of(text: str) -> Iterator[str]:
 
 def _watch(subscription: Subscription, view: View) -> None:
     """Show frames until somebody has seen enough."""
+    programs = Programs()
     with _Terminal() as terminal, contextlib.suppress(KeyboardInterrupt):
         shown: tuple[object, ...] = ()
         while not view.quit:
@@ -296,7 +300,12 @@ def _watch(subscription: Subscription, view: View) -> None:
                 shown = (view, width, height, terminal.entered)
                 terminal.draw(screen(view, width, height))
             for line in _wait(subscription, terminal):
-                view = press(view, line) if isinstance(line, str) else _take(view, table_of(line))
+                if isinstance(line, str):
+                    view = press(view, line)
+                    continue
+                frame = table_of(line)
+                programs.name(rows_of(frame.get("flows")))
+                view = _take(view, frame)
 
 
 def _take(view: View, frame: Mapping[str, Any]) -> View:

@@ -95,7 +95,7 @@ def _entries(directory: str) -> list[str]:
 
 def _listening_inodes(table: str, port: int) -> list[str]:
     try:
-        with open(f"/proc/net/{table}", encoding="ascii") as file:
+        with open(f"/proc/self/net/{table}", encoding="ascii") as file:
             rows = [line.split() for line in file.readlines()[1:]]
     except OSError:
         return []

@@ -65,7 +65,7 @@ class Processes:
     def _rows(self, wanted: dict[str, Connection]) -> Iterator[tuple[Connection, int, str]]:
         for table in ("tcp", "tcp6"):
             try:
-                with open(f"{self._proc}/net/{table}", encoding="ascii") as file:
+                with open(f"{self._proc}/self/net/{table}", encoding="ascii") as file:
                     for line in file:
                         fields = line.split(None, 10)
                         each = wanted.get(f"{fields[1]} {fields[2]}") if len(fields) > 9 else None

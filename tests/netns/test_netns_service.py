@@ -62,10 +62,15 @@ def test_everything_works_within_the_walls(stage: Stage, workers: int) -> None:
     start(stage, workers=workers)
 
     greeting = stage.ns.run(["curl", "-sS", "--max-time", "10", "http://hello.demo/"]).stdout
+    connect = "import socket; s = socket.create_connection(('echo.demo', 7)); s.sendall(b'x'); print('on')"
+    client = f"{connect}; s.recv(9); s.recv(9)"
+    stage.ns.start([sys.executable, "-u", "-c", client]).expect("on")
+    [flow] = json.loads(stage.ns.run([sys.executable, "-m", "ngrokd", "flows", "--json"]).stdout)["data"]
     status = json.loads(stage.ns.run([sys.executable, "-m", "ngrokd", "status", "--json"]).stdout)["data"]
     written = stage.ns.run(walled(stage, "status"), env={"NGROKD_SOCKET": "/run/ngrokd/ngrokd.sock"}).stdout
 
     assert "lab" in greeting
+    assert (flow["uid"], "python" in flow["process"]) == (0, True), "who asks sees what the daemon may not"
     assert status["state"] == "ready"
     assert status["hosts"]["problem"] == ""
     assert "is running" in written

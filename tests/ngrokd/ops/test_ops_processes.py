@@ -72,8 +72,8 @@ def test_another_process_is_named(ipv4: tuple[socket.socket, Connection]) -> Non
 def test_what_cannot_be_read_is_not_found(tmp_path: Path) -> None:
     """Elsewhere than on Linux, for instance; and a table that makes no sense."""
     nothing = Processes(str(tmp_path)).find([(("10.107.0.1", 1), ("10.107.0.2", 80))])
-    (tmp_path / "net").mkdir()
-    (tmp_path / "net/tcp").write_text("nonsense\n\n  0: 0100\n")
+    (tmp_path / "self/net").mkdir(parents=True)
+    (tmp_path / "self/net/tcp").write_text("nonsense\n\n  0: 0100\n")
     nonsense = Processes(str(tmp_path)).find([(("10.107.0.1", 1), ("10.107.0.2", 80))])
 
     assert nothing == nonsense == {}
