@@ -232,8 +232,10 @@ class Run:
             self._by_source[client.getsockname()[:2]] = transfer, at_us
             try:
                 await client.connect((ENDPOINTS[transfer.family], PORT))
-            except ConnectionRefusedError:
-                at_app.ended = "reset"  # the SYN-ACK was lost, and our reset was the first that the app saw
+            except (ConnectionRefusedError, ConnectionResetError):
+                # The SYN-ACK was lost, and our reset was the first that the app saw; or it came right behind the
+                # SYN-ACK, before the app was awake.
+                at_app.ended = "reset"
             except OSError as error:
                 return f"could not connect: {error}"
             else:
