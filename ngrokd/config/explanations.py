@@ -89,8 +89,9 @@ KEYS: Final = {
     "pool.max_age": "How long one may wait to be used. If the ingress hangs up earlier, that is learned.",
     "pool.idle": "So many while little is going on.",
     "pool.spin": (
-        "How long to keep looking for the next packet before going to sleep, while packets follow each other so closely "
-        "that this pays: a question and its answer are quicker by the time that a core needs to wake up. \"0s\": never."
+        "How long to keep looking for the next packet before going to sleep, while packets follow each other so "
+        "closely that this pays: a question and its answer are quicker by the time a core needs to wake up. "
+        '"0s": never.'
     ),
     "limits.flows": "Connections at the same time.",
     "limits.half_open": "Connections whose handshake with the app is not finished.",

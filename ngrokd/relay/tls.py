@@ -334,7 +334,7 @@ class TlsStream:
 
     # -- sending
 
-    def send_nowait(self, views: Iterable[memoryview | bytes]) -> int:
+    def send_nowait(self, views: Sequence[memoryview | bytes]) -> int:
         """Encrypt and send a prefix of `views`; fits as the sink of a flow. Never raises, never waits.
 
         Returns: the bytes taken: fewer than given, 0 included, when the backlog is full, and after close_notify or a
@@ -342,6 +342,8 @@ class TlsStream:
         """
         if self._broken is not None or self._closed or self._session.sent_eof or self.backlog >= BACKLOG_LIMIT:
             return 0
+        if len(views) == 1 and 0 < len(views[0]) < RECORD and not self.backlog:
+            return self._send_small(views[0])
         taken = size = 0
         encrypt, take = self._session.encrypt, self._session.take
         made: list[bytes] = []
@@ -363,6 +365,19 @@ class TlsStream:
             self._send(made, size)
         self.bytes_sent += taken
         return taken
+
+    def _send_small(self, view: memoryview | bytes) -> int:
+        """What a question or an answer is most often: one piece, in one record, and nothing before it."""
+        session = self._session
+        try:
+            session.encrypt(view)
+        except ssl.SSLError as error:
+            self._break(_Cut(f"TLS failed while sending: {_reason(error)}"))
+            return 0
+        data = session.take()
+        self._send((data,), len(data))
+        self.bytes_sent += len(view)
+        return len(view)
 
     async def wait_sendable(self) -> None:
         """Wait until `send_nowait` takes bytes again: until the backlog is below half its limit.

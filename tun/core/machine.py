@@ -130,6 +130,7 @@ class Host:
 
     __slots__ = (
         "ack_delay",
+        "alarmed",
         "budget",
         "drops",
         "heap",
@@ -157,6 +158,7 @@ class Host:
         self.touched: list[Flow] = []
         self.heap: list[tuple[float, int, Flow]] = []
         self.ticket: int = 0
+        self.alarmed: bool = True  # a deadline may have come closer since somebody last looked
         self.drops: dict[str, int] = {}
         self.late_drops: list[str] = []  # of packets that had been taken, to be counted at the end of the batch
         self.retransmits: int = 0
@@ -174,6 +176,7 @@ class Host:
     def push(self, at: float, flow: Flow) -> None:
         """Put a flow into the heap of deadlines. Entries are never removed: a stale one is skipped when it comes up."""
         self.ticket += 1
+        self.alarmed = True
         heappush(self.heap, (at, self.ticket, flow))
 
     def pop_due(self, now: float) -> Flow | None:

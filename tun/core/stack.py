@@ -193,6 +193,7 @@ class Stack:
         drops: discarded packets by reason; every one counts exactly once. A call of `handle_packet` counts one at most;
             those that had been taken and go with it (fragments, bytes beyond a gap) count with the next `take_replies`.
         packets: all packets handed in.
+        rationed: could what flows hold fill the memory, or does it nearly?
         accepted, refused, cancelled: decided requests, and those whose app gave up first.
         put_off: requests that gave up their place under pressure; see `tun.core.admission`.
         resets_received, timeouts, aborted: flows that ended so.
@@ -236,6 +237,7 @@ class Stack:
         "opened",
         "packets",
         "put_off",
+        "rationed",
         "refused",
         "replies_sent",
         "resets_received",
@@ -285,6 +287,7 @@ class Stack:
 
         self.drops: dict[str, int] = self._host.drops
         self.packets: int = 0
+        self.rationed: bool = False
         self.opened: int = 0
         self.accepted: int = 0
         self.refused: int = 0
@@ -322,9 +325,9 @@ class Stack:
         return self._host.budget.used
 
     @property
-    def rationed(self) -> bool:
-        """Could what flows hold fill the memory, or does it nearly?"""
-        return self._tight or self._host.budget.crowded
+    def has_replies(self) -> bool:
+        """Has `take_replies` something to give, or to count?"""
+        return bool(self._replies or self._host.late_drops)
 
     @property
     def retransmits(self) -> int:
@@ -340,6 +343,13 @@ class Stack:
     def timeouts(self) -> int:
         """Flows given up because nobody answered."""
         return self._host.timeouts
+
+    def has_alarm(self) -> bool:
+        """May `next_deadline` have come closer by what was flushed since this was last asked?"""
+        host = self._host
+        alarmed = host.alarmed
+        host.alarmed = False
+        return alarmed
 
     def next_deadline(self) -> float:
         """When `handle_timeout` is due; infinite when nothing waits."""
@@ -531,19 +541,21 @@ class Stack:
         if held != flow.charged and not flow.retired:
             budget.used += held - flow.charged
             flow.charged = held
-        second = int(now)
-        if second != self._epoch:
-            self._begin_epoch(second)
-        if flow.active_epoch != second:
-            flow.active_epoch = second
+        if not 0.0 <= now - self._epoch < 1.0:
+            self._begin_epoch(int(now))
+        if flow.active_epoch != self._epoch:
+            flow.active_epoch = self._epoch
             self._epoch_flows += 1
         if (budget.used > budget.limit * _TIGHT) is not self._tight:
             self._tight = not self._tight
+            self.rationed = self._tight or budget.crowded
             self._set_caps()
         if self._tight and self._relief_at == _INFINITE:
             self._relief_at = now + _RELIEF_INTERVAL_S
+            self._host.alarmed = True
         if flow.closed and not flow.retired:
             self._after(flow, now)
+            self._host.alarmed = True
         return done
 
     # -- command ------------------------------------------------------------------------------------------------------
@@ -1113,6 +1125,7 @@ class Stack:
         """Could the send buffers of all flows take half of the memory?"""
         budget = self._host.budget
         budget.crowded = 2 * len(self.flows) * self._settings.send_buffer > budget.limit
+        self.rationed = self._tight or budget.crowded
 
     def _set_caps(self) -> None:
         """How much one flow may hold: little when memory runs short, half when many are active."""
