@@ -83,6 +83,8 @@ class Poller:
 
     Attributes:
         rounds: looks that found something.
+        elsewhere: how many tasks wait in Trio for something that is as urgent as what is watched here, the answer to a
+            new connection say. Meanwhile there is no spin: it would keep Trio from looking.
     """
 
     def __init__(self, spin: float = 0.0) -> None:
@@ -93,6 +95,7 @@ class Poller:
         """
         self.budget = SpinBudget(spin)
         self.rounds = 0
+        self.elsewhere = 0
         self._list = _ready_list()
         self._entries: dict[int, tuple[Callback | None, Callback | None]] = {}
         self._yield = False
@@ -143,7 +146,7 @@ class Poller:
         while True:
             events = poll(0, MAX_EVENTS)
             if not events:
-                if not budget.allowed:
+                if not budget.allowed or self.elsewhere:
                     return
                 if clock() - last >= spin:
                     budget.lost()

@@ -219,7 +219,11 @@ class Handler:
         if endpoint is None:
             self._count_failure(serving, REFUSED, "no_endpoint", "no endpoint has this address and port")
             return
-        opened = await self._ingress.open(endpoint.host, endpoint.port)
+        self._poller.elsewhere += 1
+        try:
+            opened = await self._ingress.open(endpoint.host, endpoint.port)
+        finally:
+            self._poller.elsewhere -= 1
         serving.dial_s = opened.dial_s
         self._dial_s += opened.dial_s
         flow = self._accept(serving, opened)

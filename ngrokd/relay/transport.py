@@ -32,7 +32,13 @@ KEEPALIVE_COUNT: Final = 9
 
 
 class Poller(Protocol):
-    """Calls back for descriptors that are ready."""
+    """Calls back for descriptors that are ready.
+
+    Attributes:
+        elsewhere: how many tasks wait for a connection that an app waits for, and need Trio to look often.
+    """
+
+    elsewhere: int
 
     def watch(
         self, fd: int, readable: Callable[[], object] | None, writable: Callable[[], object] | None = None
