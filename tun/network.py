@@ -42,6 +42,11 @@ from tun.poller import Poller
 # tasks (gVisor and WireGuard bound their batches at 64 and 128 packets).
 BATCH_PACKETS: Final = 64
 
+# What is dropped is cheap, and a flood of it must not overrun the device's queue, which everybody shares, while the other
+# tasks have their turn: so many packets are read when they have hardly made work.
+FLOOD_PACKETS: Final = 512
+BATCH_FLOWS: Final = 8
+
 # A blocked sender is woken when this much room is free again, or half of its buffer if that is less: waking it for each
 # acknowledged segment would cost a task switch per segment.
 SEND_WAKE_BYTES: Final = 64 * 1024
@@ -142,11 +147,13 @@ class Network:
         device, stack, now = self.device, self.stack, self._now()
         read, verified, handle_packet, prefix = device.read, device.verified, stack.handle_packet, device.prefix
         try:
-            for _ in range(BATCH_PACKETS):
+            for turn in range(FLOOD_PACKETS):
                 packet = read()
                 if packet is None:
                     break
                 handle_packet(packet, prefix, verified(packet), now)
+                if turn >= BATCH_PACKETS and stack.touched_count > BATCH_FLOWS:
+                    break
         except DeviceError as error:
             self._lose(error)
         self.batches += 1

@@ -508,7 +508,7 @@ async def test_a_flood_does_not_hold_up_the_rest(autojump_clock: MockClock) -> N
     """A batch is bounded, so timers and other tasks get their turn between."""
     async with world() as there:
         before = there.network.batches
-        for port in range(BATCH_PACKETS * 3):
+        for port in range(FLOOD_PACKETS * 3):
             there.host.device.write_packet(
                 segment(source=("10.107.0.1", 1024 + port), destination=("10.107.0.2", 81), flags=SYN)
             )

@@ -325,6 +325,11 @@ class Stack:
         return self._host.budget.used
 
     @property
+    def touched_count(self) -> int:
+        """How many flows `take_touched` would give: the work that this batch has made so far."""
+        return len(self._host.touched)
+
+    @property
     def has_replies(self) -> bool:
         """Has `take_replies` something to give, or to count?"""
         return bool(self._replies or self._host.late_drops)
