@@ -16,7 +16,7 @@ from trio.testing import MockClock
 
 from tests.tun.packets import SYN, segment
 from tun import DeviceError, FlowRequest, FlowStream, Network, Stack, StackSettings
-from tun.network import BATCH_PACKETS
+from tun.network import FLOOD_PACKETS
 from tun.testing.apppeer import AppHost, AppStream
 from tun.testing.memory import NO_FAULTS, Faults, FaultyDevice, MemoryDevice, memory_pair
 
