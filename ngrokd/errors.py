@@ -21,6 +21,7 @@ class Exit(IntEnum):
     UNREACHABLE = 69  # the API or the ingress
     INTERNAL = 70
     CANNOT_CREATE = 73  # device, socket, file, or it is taken
+    OUTPUT = 74  # what it prints cannot be written: the disk is full
     TEMPORARY = 75
     NOT_PERMITTED = 77
     CONFIG = 78

@@ -20,6 +20,7 @@ from ngrokd.ask import Subscription
 from ngrokd.cli.columns import size_text, table_of
 from ngrokd.cli.context import Context, command
 from ngrokd.cli.events import parse_time
+from ngrokd.cli.offers import endpoint_names
 from ngrokd.errors import Exit, NgrokdError
 
 SECTION_HEADER: Final = 0x0A0D0D0A
@@ -156,8 +157,22 @@ class Files:
     "capture",
     epilog="As in: ngrokd capture -w - | wireshark -k -i -      ngrokd capture -w app.pcapng --endpoint my-api.prod",
 )
-@click.option("-w", "--write", "path", metavar="FILE|-", help='Write here; "-" is stdout, and what a pipe gets anyway.')
-@click.option("--endpoint", "endpoints", metavar="NAME", multiple=True, help="Only this endpoint's packets.")
+@click.option(
+    "-w",
+    "--write",
+    "path",
+    metavar="FILE|-",
+    type=click.Path(),
+    help='Write here; "-" is stdout, and what a pipe gets anyway.',
+)
+@click.option(
+    "--endpoint",
+    "endpoints",
+    metavar="NAME",
+    multiple=True,
+    shell_complete=endpoint_names,
+    help="Only this endpoint's packets.",
+)
 @click.option("--address", "addresses", metavar="CIDR", multiple=True, help="Only from or to this address or network.")
 @click.option("--port", "ports", metavar="PORT", multiple=True, type=click.IntRange(1, 65535), help="Likewise, a port.")
 @click.option("-s", "--snaplen", metavar="N", type=click.IntRange(min=1), help="Of each packet only N bytes.")

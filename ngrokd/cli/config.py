@@ -147,7 +147,7 @@ def get(context: Context, key: str) -> None:
 
 
 @command("config validate")
-@click.argument("file", required=False)
+@click.argument("file", required=False, type=click.Path())
 @setting_option
 def validate(context: Context, file: str | None) -> None:
     """Name every mistake, with its line.
@@ -270,7 +270,7 @@ def edit(context: Context) -> None:
 
 
 @command("config import", epilog="The Go daemon's file is left as it is.")
-@click.argument("file", default="/etc/ngrokd/config.yml")
+@click.argument("file", default="/etc/ngrokd/config.yml", type=click.Path())
 @click.option("--stdout", "to_stdout", is_flag=True, help="Print it instead of writing it; without the API key.")
 def import_(context: Context, file: str, to_stdout: bool) -> None:
     """Convert the Go ngrokd's config.yml.

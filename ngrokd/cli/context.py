@@ -124,10 +124,9 @@ class Context:
 
 def _keep(ctx: click.Context, parameter: click.Parameter, value: object) -> None:
     """Put an option into the Context, wherever on the line it stood; one that was not given changes nothing."""
-    if not value or ctx.resilient_parsing:
-        return
     context = ctx.find_object(Context)
-    assert context is not None, "invoke() made one"
+    if not value or context is None:  # none: a page of help is made
+        return
     assert parameter.name is not None
     if parameter.name == "verbosity":
         assert isinstance(value, int)
@@ -135,9 +134,25 @@ def _keep(ctx: click.Context, parameter: click.Parameter, value: object) -> None
     setattr(context, parameter.name, value)
 
 
+_FILE: Final = click.Path()  # for the tab key: any path will do here
 _OPTIONS: Final = (
-    click.option("-c", "--config", metavar="FILE", expose_value=False, callback=_keep, help="Read this configuration."),
-    click.option("--socket", metavar="PATH", expose_value=False, callback=_keep, help="Ask the daemon at this socket."),
+    click.option(
+        "-c",
+        "--config",
+        metavar="FILE",
+        type=_FILE,
+        expose_value=False,
+        callback=_keep,
+        help="Read this configuration file.",
+    ),
+    click.option(
+        "--socket",
+        metavar="PATH",
+        type=_FILE,
+        expose_value=False,
+        callback=_keep,
+        help="Ask the daemon at this control socket.",
+    ),
     click.option(
         "--json", "as_json", is_flag=True, expose_value=False, callback=_keep, help="Print one JSON document."
     ),

@@ -11,6 +11,7 @@ import click
 
 from ngrokd.cli.columns import Column, fit, milliseconds_text, rate_text, rows_of, size_text, table_of, time_text
 from ngrokd.cli.context import Context, command, common_options
+from ngrokd.cli.offers import endpoint_names, flow_ids
 from ngrokd.cli.output import clean, paint, print_lines, since, terminal_width
 from ngrokd.cli.programs import Programs
 
@@ -34,7 +35,9 @@ STATES: Final = {
 
 @click.group("flows", invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @common_options
-@click.option("--endpoint", metavar="TEXT", help="Only those whose endpoint contains TEXT.")
+@click.option(
+    "--endpoint", metavar="TEXT", shell_complete=endpoint_names, help="Only those whose endpoint contains TEXT."
+)
 @click.option("--process", metavar="TEXT", help="Only those of programs whose name contains TEXT.")
 @click.option("--ended", is_flag=True, help="The last 200 that ended or were refused, and why, newest first.")
 @click.pass_context
@@ -190,8 +193,7 @@ def _close_flows(context: Context, numbers: tuple[int, ...]) -> None:
         print_lines([clean(answer.data if isinstance(answer.data, str) else "closed")])
 
 
-flows.add_command(
-    command("flows close")(
-        click.argument("numbers", metavar="ID...", nargs=-1, required=True, type=click.IntRange(min=1))(_close_flows)
-    )
+_numbers = click.argument(
+    "numbers", metavar="ID...", nargs=-1, required=True, type=click.IntRange(min=1), shell_complete=flow_ids
 )
+flows.add_command(command("flows close")(_numbers(_close_flows)))

@@ -16,7 +16,7 @@ MAX_STDIN_CHARS = 64 << 10
 @command("set-api-key", epilog="Make a key at https://dashboard.ngrok.com/api-keys.")
 @click.argument("key", required=False)
 @click.option("--stdin", "from_stdin", is_flag=True, help="Read the key from standard input.")
-@click.option("--file", "path", metavar="FILE", help="Read the key from a file.")
+@click.option("--file", "path", metavar="FILE", type=click.Path(), help="Read the key from a file.")
 def set_api_key(context: Context, key: str | None, from_stdin: bool, path: str | None) -> None:
     """Give the daemon an API key. It is checked with ngrok, used at once and stored for the next start.
 

@@ -18,6 +18,7 @@ import click
 
 from ngrokd.cli.columns import milliseconds_text, rows_of, table_of
 from ngrokd.cli.context import Context, command
+from ngrokd.cli.offers import endpoint_names
 from ngrokd.cli.output import clean, paint, print_lines
 from ngrokd.errors import Exit
 
@@ -37,7 +38,7 @@ class Echo:
 
 
 @command("ping")
-@click.argument("name", metavar="NAME")
+@click.argument("name", metavar="NAME", shell_complete=endpoint_names)
 @click.option("-n", "--count", metavar="N", type=click.IntRange(min=1), default=1, show_default=True, help="So often.")
 @click.option(
     "-i", "--interval", type=click.FloatRange(min=0.2), default=1.0, show_default=True, help="Seconds between."

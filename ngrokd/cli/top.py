@@ -24,6 +24,7 @@ from ngrokd.ask import Subscription
 from ngrokd.cli.columns import Column, fit, milliseconds_text, rate_text, rows_of, size_text, table_of, time_text
 from ngrokd.cli.context import Context, command
 from ngrokd.cli.flows import STATES, user_name
+from ngrokd.cli.offers import endpoint_names
 from ngrokd.cli.output import clean, paint, print_lines, terminal_width, truncate, wall_time
 from ngrokd.cli.programs import Programs
 
@@ -86,7 +87,14 @@ class View:
 @command("top")
 @click.option("--interval", metavar="S", type=click.FloatRange(0.2, 3600), default=2.0, show_default=True)
 @click.option("--sort", type=click.Choice(list(SORTS)), default="rate", show_default=True, help="What comes first.")
-@click.option("--filter", "wanted", metavar="TEXT", default="", help="Only endpoints and programs that contain TEXT.")
+@click.option(
+    "--filter",
+    "wanted",
+    metavar="TEXT",
+    default="",
+    shell_complete=endpoint_names,
+    help="Only endpoints and programs that contain TEXT.",
+)
 @click.option("--once", is_flag=True, help="Print one table and stop, as when stdout is no terminal.")
 def top(context: Context, interval: float, sort: str, wanted: str, once: bool) -> None:
     """Watch the connections that carry most: who, where to, how fast, each way.

@@ -36,9 +36,20 @@ def version(context: Context) -> None:
     print_lines([f"ngrokd version {__version__}", *fields(pairs, terminal_width())])
 
 
+def _command_names(ctx: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+    """What the tab key offers: the commands of the last group that is named already."""
+    root = ctx.find_root()
+    inner: click.Command | None = root.command
+    for name in ctx.params.get("names") or ():
+        inner = inner.get_command(root, name) if isinstance(inner, click.Group) else None
+    if not isinstance(inner, click.Group):
+        return []
+    return [name for name in inner.list_commands(root) if name.startswith(incomplete)]
+
+
 @command("help")
-@click.argument("names", metavar="[COMMAND]...", nargs=-1)
-def show_help(_context: Context, names: tuple[str, ...]) -> None:
+@click.argument("names", metavar="[COMMAND]...", nargs=-1, shell_complete=_command_names)
+def show_help(context: Context, names: tuple[str, ...]) -> None:
     """Print help, on a command where one is named, as in "help config set"."""
     ctx = click.get_current_context().find_root()
     command: click.Command = ctx.command
@@ -48,4 +59,8 @@ def show_help(_context: Context, names: tuple[str, ...]) -> None:
         _, found, _ = command.resolve_command(ctx, [name])
         assert found is not None
         command, ctx = found, click.Context(found, info_name=name, parent=ctx)
-    print_lines([command.get_help(ctx)])
+    text = command.get_help(ctx)
+    if context.as_json:
+        context.print_document({"command": ctx.command_path, "text": text})
+    else:
+        print_lines([text])

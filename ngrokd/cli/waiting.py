@@ -11,6 +11,7 @@ from ngrokd.ask import RemoteError
 from ngrokd.cli.columns import rows_of, table_of
 from ngrokd.cli.context import Context, command
 from ngrokd.cli.events import parse_time
+from ngrokd.cli.offers import endpoint_names
 from ngrokd.cli.output import clean, print_lines
 from ngrokd.errors import Exit, NgrokdError, NotRunningError
 
@@ -27,7 +28,7 @@ LEISURE: Final = 4  # times as long as a look took: one at tens of thousands of 
     show_default=True,
     help="Wait for all conditions of readiness, or for the endpoint NAME to be served.",
 )
-@click.argument("name", metavar="[NAME]", required=False)
+@click.argument("name", metavar="[NAME]", required=False, shell_complete=endpoint_names)
 @click.option("--timeout", metavar="TIME", default="60s", show_default=True, help='Give up after this time, say "5m".')
 def wait(context: Context, what: str, name: str | None, timeout: str) -> int:
     """Wait until the daemon is ready; it need not be running yet. Exit 1 when it takes too long.

@@ -238,15 +238,31 @@ def test_an_interrupt_is_130_and_no_traceback(cli: Cli, runs: Runs, error: BaseE
     assert outcome.err.strip() == ""
 
 
-def test_a_reader_that_has_seen_enough_is_no_error() -> None:
-    """`ngrokd help | head -1`."""
+@pytest.mark.parametrize("argument", ["help", "--help"])
+def test_a_reader_that_has_seen_enough_is_no_error(argument: str) -> None:
+    """`ngrokd help | head -1`: quiet, and what a shell shows for SIGPIPE, since 1 says that a check answered no."""
     reading, writing = os.pipe()
     os.close(reading)
 
-    done = subprocess.run([sys.executable, "-m", "ngrokd", "help"], stdout=writing, stderr=subprocess.PIPE, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "ngrokd", argument], stdout=writing, stderr=subprocess.PIPE, check=False
+    )
     os.close(writing)
 
-    assert done.stderr == b""
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device is always full here")
+@pytest.mark.parametrize("arguments", [["help"], ["--help"], ["version", "--json"]])
+def test_a_full_disk_is_one_line_and_a_code_of_its_own(arguments: list[str]) -> None:
+    """`ngrokd version > /full/disk`: no bug of ours, nothing that is said once more at the end of the process."""
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "ngrokd", *arguments], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+
+    assert done.returncode == Exit.OUTPUT
+    assert done.stderr == b"error: cannot write the output: No space left on device\n"
 
 
 def test_another_system_is_told_of_wsl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
