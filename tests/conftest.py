@@ -42,5 +42,8 @@ def _logging_state() -> list[tuple[object, ...]]:
 def _logging_is_left_alone() -> Iterator[None]:
     """A log that a test installs and forgets would swallow what later tests look for."""
     before = _logging_state()
+    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
     assert _logging_state() == before

@@ -354,7 +354,7 @@ async def test_one_that_ends_again_and_again_is_started_less_and_less_often(
     autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Once within 0.1 s, because that was an accident; the tenth time not, because it is none."""
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "ngrokd")
     async with open_play(scripts=[Listener(), Listener(), *[hello_and_gone] * 12]) as play:
         await trio.sleep(100)
         play.crew.latest(0).kill()
@@ -491,7 +491,7 @@ async def test_what_a_worker_says_is_shown_without_tricks(
     autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     listener = Listener(counts=Counts({}, {}, "no\x1b[2Jthing"))
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "ngrokd")
     async with open_play(scripts=[listener, None]) as play:
         event = FlowEvent(OPENED, "evil\u202e", 1, ("1.2.3.4\n", 5), "opened", "hi\x07", "", flow=3)
         await say(listener.channel, event, Said(30, "x\n", "a line"), Lost(7))
