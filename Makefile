@@ -86,10 +86,11 @@ bench-smoke: .venv/stamp .venv-bench/stamp
 	.venv/bin/python bench/bench_instructions.py --check
 	$(SUDO) .venv/bin/python bench/bench_smoke.py
 
-## make docs         write what is made from the code: conf/ngrokd.toml, its JSON Schema, tables of the page about it
+## make docs         write what is made from the code: conf/ngrokd.toml, its JSON Schema, pages on it and the commands
 .PHONY: docs
 docs: .venv/stamp
 	.venv/bin/python -m ngrokd.config.manual
+	.venv/bin/python -m ngrokd.cli.papers
 
 ## make fuzz         each fuzz target for a minute, or: make fuzz FUZZ_ARGS="--runs 1000000" FUZZ_TARGETS=packets
 FUZZ_ARGS ?= --seconds 60
