@@ -42,7 +42,7 @@ from tun.poller import Poller
 # tasks (gVisor and WireGuard bound their batches at 64 and 128 packets).
 BATCH_PACKETS: Final = 64
 
-# What is dropped is cheap, and a flood of it must not overrun the device's queue, which everybody shares, while the other
+# What is dropped is cheap, and a flood of it must not overrun the device's queue, which everybody shares, while other
 # tasks have their turn: so many packets are read when they have hardly made work.
 FLOOD_PACKETS: Final = 512
 BATCH_FLOWS: Final = 8

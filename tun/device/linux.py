@@ -75,6 +75,9 @@ GSO_TCPV4: Final = 1
 GSO_TCPV6: Final = 4
 TCP_CSUM_OFFSET: Final = 16
 
+# What the driver answers when the interface is gone. Python has the name on Linux only, and this file is read elsewhere.
+EBADFD: Final[int] = getattr(errno, "EBADFD", 77)
+
 _VNET: Final = struct.Struct("=BBHHHH")
 VNET_BYTES: Final = _VNET.size  # 10; a header of 12 bytes would carry num_buffers, which TUN never uses
 _COMPLETE: Final = bytes(VNET_BYTES)
@@ -151,15 +154,21 @@ class LinuxTun:
             start = ip_header_length(header)
             complete(head, start, start + TCP_CSUM_OFFSET, payload)
             return self._writev((head, *payload))
-        if header[0] == 0x45 and not gso_size:
+        if header[0] == 0x45 and 0 <= gso_size <= MAX_PACKET:
             # Nearly every segment. The kernel takes a packet that is not as long as it says, and loses it later.
-            size = len(header)
+            length = len(header)
+            payload_bytes = 0
             for view in payload:
-                size += len(view)
-            if size != header[2] << 8 | header[3] or size > MAX_PACKET:
+                payload_bytes += len(view)
+            size = length + payload_bytes
+            if length < 40 or length != 20 + (header[32] >> 4) * 4 or size != header[2] << 8 | header[3]:
                 raise ValueError(f"a segment of {size} bytes whose IP header says {header[2] << 8 | header[3]}")
+            vnet: bytes | bytearray = _PLAIN_V4
+            if payload_bytes > gso_size > 0:
+                vnet = self._gso
+                _VNET.pack_into(vnet, 0, NEEDS_CSUM, GSO_TCPV4, length, gso_size, 20, TCP_CSUM_OFFSET)
             try:
-                os.writev(self._fd, (_PLAIN_V4, header, *payload))
+                os.writev(self._fd, (vnet, header, *payload))
             except OSError as error:
                 return self._failed(error)
             return True
@@ -255,10 +264,10 @@ class LinuxTun:
     def _gone(self, error: OSError) -> DeviceError:
         if self._fd < 0:
             return self._closed()
-        if error.errno == errno.EBADFD:
+        if error.errno == EBADFD:
             return DeviceError(
                 f"the interface {self.name} was deleted while it was in use",
-                errno=errno.EBADFD,
+                errno=EBADFD,
                 remedy="something else on this machine removed it; it can be made again",
             )
         return DeviceError(f"the device {self.name} failed: {error.strerror}", errno=error.errno or 0)
@@ -354,7 +363,7 @@ def _attach(name: str, flags: int, own_index: int = 0) -> tuple[int, str]:
         real_name = _IFREQ.unpack(answer)[0].rstrip(b"\0").decode()
         # Without IFF_TUN_EXCL a name that has just vanished is made anew, which is not what was asked for.
         if own_index and _index(real_name) != own_index:
-            raise DeviceError(f"the interface {name} was deleted while it was in use", errno=errno.EBADFD)
+            raise DeviceError(f"the interface {name} was deleted while it was in use", errno=EBADFD)
     except BaseException:
         os.close(fd)
         raise
