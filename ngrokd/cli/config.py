@@ -198,8 +198,12 @@ def init(context: Context, to_stdout: bool) -> None:
     from ngrokd.config.manual import commented_file
     from ngrokd.config_edit import NEW_FILE_MODE
 
-    if to_stdout and not context.as_json:
-        print_lines([commented_file().rstrip("\n")])
+    if to_stdout:
+        text = commented_file()
+        if context.as_json:
+            context.print_document({"text": text})
+        else:
+            print_lines([text.rstrip("\n")])
         return
     file = _write_new(context, commented_file(), NEW_FILE_MODE)
     if context.as_json:
