@@ -15,7 +15,8 @@ def open_device(
     """Make and open this platform's point-to-point interface for IP packets. Nothing is configured.
 
     Args:
-        name: the interface's name.
+        name: the interface's name. On macOS "utunN" asks for that one, and any other for the next that is free: look at
+            the result's `name`.
         offload: let the kernel do checksums and segmentation where it can.
         mtu: what the link's MTU will be; only remembered.
         multi_queue: allow more queues later, where the platform has them.
@@ -28,10 +29,14 @@ def open_device(
         from tun.device.linux import open_tun  # elsewhere the module's constants mean nothing
 
         return open_tun(name, offload=offload, mtu=mtu, multi_queue=multi_queue)
+    if platform == "darwin":
+        from tun.device.macos import open_utun  # which has neither offload nor queues
+
+        return open_utun(name, mtu=mtu)
     raise DeviceError(
-        f"there is no device for packets on {platform}; Linux has one",
+        f"there is no device for packets on {platform}; Linux and macOS have one",
         errno=errno.ENOTSUP,
-        remedy="run on Linux (on Windows: inside WSL2)",
+        remedy="run on Linux or macOS (on Windows: inside WSL2)",
     )
 
 

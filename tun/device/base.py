@@ -18,8 +18,8 @@ Three things make devices differ, and the contract hides all three:
   the kernel would cut it into; the local kernel never does. One system call then moves what would be 44 packets.
 
 A device that the operating system took away (the link was deleted) answers every call with `DeviceError`. A device
-whose link is merely down throws packets away and counts them in `drops`, as a cable would: TCP's retransmissions bridge
-it, and the link may come back.
+whose link is merely down throws packets away, as a cable would, and counts them in `drops` where the kernel tells of
+them (macOS does not): TCP's retransmissions bridge it, and the link may come back.
 
 Rules of this file: no I/O, no operating system.
 """

@@ -75,7 +75,7 @@ GSO_TCPV4: Final = 1
 GSO_TCPV6: Final = 4
 TCP_CSUM_OFFSET: Final = 16
 
-# What the driver answers when the interface is gone. Python has the name on Linux only, and this file is read elsewhere.
+# What the driver answers when the interface is gone. Only Linux has the name, and this file is read elsewhere too.
 EBADFD: Final[int] = getattr(errno, "EBADFD", 77)
 
 _VNET: Final = struct.Struct("=BBHHHH")

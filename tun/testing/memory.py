@@ -179,7 +179,7 @@ class MemoryDevice:
 
     def delete(self) -> None:
         """Do what deleting the interface does: waiting tasks wake, and every call raises DeviceError."""
-        self._leave(f"the interface {self.name} was deleted while it was in use", errno.EBADFD)
+        self._leave(f"the interface {self.name} was deleted while it was in use", errno.ENXIO)
 
     def close(self) -> None:
         """Give the device back; the other end is then a link that is down. Idempotent."""
