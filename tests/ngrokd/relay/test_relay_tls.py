@@ -219,6 +219,32 @@ async def test_what_comes_with_the_end_of_the_handshake_survives_our_end(authori
     assert await receive_all(server) == b""
 
 
+@versions
+@pytest.mark.parametrize("seed", range(4))
+async def test_records_are_decrypted_wherever_they_are_cut(
+    make_pair: MakePair, version: ssl.TLSVersion, seed: int
+) -> None:
+    """Long transfers are fed to OpenSSL between records; how they arrive, and other sizes, change no byte."""
+    rng = random.Random(seed)
+    client, server = await make_pair(version, 1 << 24, lambda inner: Cutting(inner, rng, 60_000))
+    sizes = [rng.choice([1, 700, 5000, 16_384, 40_000, 300_000]) for _ in range(40)]
+    said = rng.randbytes(sum(sizes))
+    received = bytearray()
+
+    at = 0
+    for size in sizes:
+        server.send_nowait([memoryview(said)[at : at + size]])
+        await server.drain()
+        at += size
+        if rng.random() < 0.3:
+            while len(received) < at:
+                received += await client.receive_view()
+    while len(received) < len(said):
+        received += await client.receive_view()
+
+    assert bytes(received) == said
+
+
 # -- truncation
 
 
