@@ -54,6 +54,18 @@ FILES: Final[Mapping[str, str]] = {
     "/var/run/ngrokd.sock": "the control socket; that of the service is /run/ngrokd/ngrokd.sock",
     "/etc/hosts": "the names, in a marked section",
 }
+_INTRODUCTION: Final = (
+    "`ngrokd help COMMAND` prints the same in a terminal; [ngrokd.1](man/ngrokd.1) is the manual page. `ngrokctl` is",
+    "the same program under the name that people know from the Go daemon; alone it prints help, where `ngrokd` runs the",
+    "daemon.",
+)
+_ON_JSON: Final = (
+    'With `--json` stdout holds one document and nothing else: `{"schema":"ngrokd.list/1","data":[...]}`, or for a',
+    'failure `{"schema":"ngrokd.list/1","error":{"code":3,"message":"...","hint":"..."}}`, where `code` is the exit code.',
+    "The number behind the slash changes when something is taken away or means something else; members may be added",
+    "at any time. Commands that go on print a document on each line, its members beside `schema`. Each command below names",
+    "its schema.",
+)
 # What is printed with --json, where it is not one document.
 _STREAMS: Final = frozenset({"events", "logs", "top"})
 _ERRORS_ONLY: Final = frozenset({"run"})
@@ -150,16 +162,12 @@ def _page_lines() -> Iterator[str]:
         "<!-- made from the code by `make docs`: change the help of the command instead -->",
         "",
     )
-    yield (
-        "`ngrokd help COMMAND` prints the same in a terminal, and so does `man ngrokd`. `ngrokctl` is the same program "
-        "under the name that"
-    )
-    yield "people know from the Go daemon; without a command `ngrokd` runs the daemon, and `ngrokctl` prints help."
+    yield from _INTRODUCTION
     yield from ("", *_table("command", "", [(_link(name), line) for name, (_, _, line) in COMMANDS.items()]), "")
     yield from ("## For all commands", "")
     yield "They may stand before the command or after it. Data goes to stdout, everything else to stderr."
     yield from ("", *_table("option", "", [(f"`{name}`", _escaped(text)) for name, text in common_options()]), "")
-    yield from _json_lines()
+    yield from (*_ON_JSON, "")
     yield from ("## Exit codes", "")
     yield from (*_table("code", "", [(str(int(code)), text) for code, text in MEANINGS.items()]), "")
     yield from ("## Environment", "")
@@ -167,20 +175,6 @@ def _page_lines() -> Iterator[str]:
     yield "Where the API key is looked for, in which order: [The API key](operations.md#the-api-key)."
     for entry in entries():
         yield from ("", *_entry_lines(entry))
-
-
-def _json_lines() -> Iterator[str]:
-    yield (
-        'With `--json` stdout holds one document and nothing else: `{"schema":"ngrokd.list/1","data":[...]}`, or for a '
-        "failure"
-    )
-    yield (
-        '`{"schema":"ngrokd.list/1","error":{"code":3,"message":"...","hint":"..."}}`, where `code` is the exit code. '
-        "The number behind the slash"
-    )
-    yield "changes when something is taken away or means something else; members may be added at any time. Commands"
-    yield "that go on print a document on each line, its members beside `schema`. Each command below names its schema."
-    yield ""
 
 
 def _entry_lines(entry: Entry) -> Iterator[str]:
