@@ -55,16 +55,16 @@ FILES: Final[Mapping[str, str]] = {
     "/etc/hosts": "the names, in a marked section",
 }
 _INTRODUCTION: Final = (
-    "`ngrokd help COMMAND` prints the same in a terminal; [ngrokd.1](man/ngrokd.1) is the manual page. `ngrokctl` is",
-    "the same program under the name that people know from the Go daemon; alone it prints help, where `ngrokd` runs the",
-    "daemon.",
+    "`ngrokd help COMMAND` prints the same in a terminal; [ngrokd.1](man/ngrokd.1) is the manual page.",
+    "`ngrokctl` is the same program under the name that people know from the Go daemon; alone it prints help,",
+    "where `ngrokd` runs the daemon.",
 )
 _ON_JSON: Final = (
-    'With `--json` stdout holds one document and nothing else: `{"schema":"ngrokd.list/1","data":[...]}`, or for a',
-    'failure `{"schema":"ngrokd.list/1","error":{"code":3,"message":"...","hint":"..."}}`, where `code` is the exit code.',
-    "The number behind the slash changes when something is taken away or means something else; members may be added",
-    "at any time. Commands that go on print a document on each line, its members beside `schema`. Each command below names",
-    "its schema.",
+    'With `--json` stdout holds one document and nothing else: `{"schema":"ngrokd.list/1","data":[...]}`, or',
+    'for a failure `{"schema":"ngrokd.list/1","error":{"code":3,"message":"...","hint":"..."}}`, where `code` is',
+    "the exit code. The number behind the slash changes when something is taken away or means something else;",
+    "members may be added at any time. Commands that go on print a document on each line, its members beside",
+    "`schema`. Each command below names its schema.",
 )
 # What is printed with --json, where it is not one document.
 _STREAMS: Final = frozenset({"events", "logs", "top"})
