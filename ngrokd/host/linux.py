@@ -120,7 +120,11 @@ def missing_rights(*, configure: bool = True) -> list[MissingRight]:
 
 
 def check_rights(*, configure: bool = True) -> None:
-    """Raise PermissionMissingError when something of `missing_rights` is missing."""
+    """Raise PermissionMissingError when something of `missing_rights` is missing, and HostError on another system."""
+    if sys.platform != "linux":
+        raise HostError(
+            f"cannot set up the network: this version does not know how on {sys.platform}", remedy="run it on Linux"
+        )
     if missing := missing_rights(configure=configure):
         raise PermissionMissingError(
             "cannot set up the network: " + "; ".join(f"{right.what}: {right.reason}" for right in missing),

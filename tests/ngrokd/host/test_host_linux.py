@@ -15,6 +15,7 @@ import pytest
 
 from ngrokd.errors import PermissionMissingError
 from ngrokd.host import linux
+from ngrokd.host.plan import HostError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="netlink")
 
@@ -136,6 +137,13 @@ def test_what_is_missing_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "/dev/net/tun: No such file" in str(caught.value)
     assert "--cap-add=NET_ADMIN" in caught.value.remedy
     assert "modprobe tun" in caught.value.remedy
+
+
+def test_on_another_system_nobody_is_sent_for_linux_s_rights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+
+    with pytest.raises(HostError, match="does not know how on darwin"):
+        linux.check_rights()
 
 
 def test_nothing_missing_is_nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
