@@ -19,6 +19,8 @@ Daemon = Callable[..., Any]  # the fixtures of conftest.py, which is no module t
 Cli = Callable[..., Any]
 Offer = Callable[..., list[str]]
 
+ROOT = Path(__file__).parents[3]
+
 ENDPOINTS = [
     {"id": "ep_1", "hostname": "api.prod", "port": 80},
     {"id": "ep_2", "hostname": "api.prod", "port": 443},
@@ -138,7 +140,9 @@ def test_no_trio_is_needed_for_a_tab(folder: Path, words: str, number: int) -> N
     asked = {"_NGROKD_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(number)}
     environ = {**os.environ, **asked, "NGROKD_SOCKET": str(folder / "nobody")}
 
-    done = subprocess.run([sys.executable, "-c", source], env=environ, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", source], env=environ, capture_output=True, text=True, check=True, cwd=ROOT
+    )
 
     assert done.stdout.splitlines()[-1] == "[] True"
     assert done.stderr == ""
@@ -191,7 +195,7 @@ def test_bash_offers_it(cli: Cli, daemon: Daemon, folder: Path) -> None:
     done = subprocess.run(
         ["bash", "--norc"],
         input=script,
-        env={**os.environ, "PATH": path, "PYTHONPATH": os.getcwd(), "NGROKD_SOCKET": fake.socket},
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "NGROKD_SOCKET": fake.socket},
         capture_output=True,
         text=True,
         check=True,
