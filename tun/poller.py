@@ -104,20 +104,23 @@ class Poller:
         """Have `readable` called whenever `fd` can be read or has failed, `writable` whenever it can be written.
 
         Called again, it replaces what was asked before; both None ends it, which must happen before `fd` is closed.
+        What has ended or was replaced is not called any more, in the midst of a round either. A descriptor that takes
+        an ended one's number within a round may be called once without reason.
+
+        Raises: OSError when `fd` cannot be watched; then it is not.
         """
         entries = self._entries
         mask = (_IN if readable is not None else 0) | (_OUT if writable is not None else 0)
-        before = entries.get(fd)
+        before = entries.pop(fd, None)
         if not mask:
             if before is not None:
-                del entries[fd]
                 self._list.unregister(fd)
             return
-        entries[fd] = (readable, writable)
         if before is None:
             self._list.register(fd, mask)
         elif (before[0] is None) != (readable is None) or (before[1] is None) != (writable is None):
             self._list.modify(fd, mask)
+        entries[fd] = (readable, writable)
 
     def yield_soon(self) -> None:
         """A callback has woken a task: let Trio run it before looking further."""
@@ -165,10 +168,17 @@ class Poller:
                 readable, writable = entry
                 if readable is not None and mask & (_IN | _FAILED):
                     readable()
+                    if writable is not None and entries.get(fd) is not entry:
+                        continue  # it has ended its own watch, or asked for something else
                 if writable is not None and mask & (_OUT | _FAILED):
                     writable()
+                if clock() - begun >= TURN_S:
+                    # In the midst of the list, because it may be long; and it must be gone through, because the kernel
+                    # would begin with the same ones again.
+                    await trio.lowlevel.checkpoint()
+                    begun = clock()
             last = clock()
-            if self._yield or last - begun >= TURN_S:
+            if self._yield:
                 self._yield = False
                 await trio.lowlevel.checkpoint()
                 begun = last = clock()
