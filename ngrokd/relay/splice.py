@@ -221,7 +221,7 @@ class _Splice:
         cut = stream.cut
         if cut is not None:
             self._end(cut)
-        elif stream.received_eof:
+        elif stream.ended:
             flow.send_eof_nowait()
             if self._upload_failure is not None or (stream.sent_eof and not stream.backlog):
                 self._end(None)

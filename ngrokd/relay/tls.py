@@ -578,7 +578,17 @@ class TlsStream:
     @property
     def sendable(self) -> bool:
         """Whether `send_nowait` takes bytes, with some room to spare after a backlog."""
-        return self.backlog < BACKLOG_LIMIT // 2 and self._broken is None
+        return (
+            self.backlog < BACKLOG_LIMIT // 2
+            and self._broken is None
+            and not self._closed
+            and not self._session.sent_eof
+        )
+
+    @property
+    def ended(self) -> bool:
+        """The other side's close_notify has arrived, and all bytes before it are taken."""
+        return self._session.received_eof and not self._ready
 
     @property
     def cut(self) -> StreamTruncated | None:

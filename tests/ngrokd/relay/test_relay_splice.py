@@ -168,6 +168,25 @@ async def test_bytes_that_came_with_the_header_are_received_first(make_world: Ma
         assert await world.flow.app_read_all() == b"220 ready"
 
 
+@pytest.mark.parametrize("received", [False, True], ids=["with the handshake", "with the header"])
+async def test_an_answer_and_its_end_may_be_there_before_the_splice(make_world: MakeWorld, received: bool) -> None:
+    """The end must not overtake the bytes, whatever the app has said and ended meanwhile."""
+    world = await make_world()
+    await world.ingress_sends(b"220 ready")
+    await world.ingress.send_eof()
+    if received:
+        world.stream.unread(await world.stream.receive_view())
+        assert world.stream.received_eof
+    await world.flow.app_send(b"question")
+    await world.flow.app_send_eof()
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(world.splice)
+            assert await world.flow.app_read_all() == b"220 ready"
+            assert await world.ingress_reads_all() == b"question"
+    assert world.failure is None
+
+
 async def test_bytes_that_waited_before_the_splice_are_sent(make_world: MakeWorld) -> None:
     """The app may have spoken between our SYN-ACK and now."""
     world = await make_world()
