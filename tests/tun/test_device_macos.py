@@ -11,12 +11,14 @@ import socket
 import struct
 import sys
 from collections.abc import Iterator
+from random import Random
 
 import pytest
 import trio
 import trio.testing
 
 from tests.tun.packets import PSH, segment, segment_header, tcp_checksum_is_right
+from tun import FlowRequest, Network, Stack, StackSettings
 from tun.device import open_device
 from tun.device.macos import (
     AF_INET,
@@ -33,6 +35,7 @@ from tun.device.macos import (
 )
 from tun.errors import DeviceError
 from tun.poller import Poller
+from tun.testing.apppeer import AppHost
 from tun.testing.darwin import DarwinKernel, DoubleSocket
 from tun.wire.checksum import pseudo_header_sum
 
@@ -438,3 +441,53 @@ async def test_the_poller_calls_back_for_packets_and_for_the_end(kernel: DarwinK
 
     poller.close()
     assert seen == [segment(b"now"), "the interface utun7 was deleted while it was in use"]
+
+
+async def test_connections_go_through_it(kernel: DarwinKernel, device: Utun) -> None:
+    """The stack on this side, an app's TCP on the kernel's, bulk both ways, half-close; with a full queue between."""
+    link = kernel.links["utun7"]
+    apps = Utun(os.dup(link._far.fileno()), "the kernel's side", mtu=device.mtu)
+    stack = Stack(StackSettings(mtu=device.mtu, offload=device.offload), bytes(32))
+    stack.set_served({bytes((10, 107, 0, 2)): frozenset({80})})
+    requests: list[FlowRequest] = []
+    arrived = trio.Event()
+
+    def on_request(request: FlowRequest) -> None:
+        requests.append(request)
+        arrived.set()
+
+    network = Network(device, stack, on_request)
+    host = AppHost(apps)
+    up, down = Random(1).randbytes(1_000_000), Random(2).randbytes(1_000_000)
+    received: dict[str, bytes] = {}
+
+    async def serve() -> None:
+        await arrived.wait()
+        flow = requests[0].accept()
+        received["up"] = b"".join([bytes(chunk) async for chunk in flow])
+        await flow.send_all(down)
+        await flow.send_eof()
+
+    async def squeeze() -> None:
+        for full in (True, False) * 5:
+            link.input_full = full
+            await trio.sleep(0.003)
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(network.run)
+            await nursery.start(host.run)
+            nursery.start_soon(serve)
+            app = await host.connect(("10.107.0.2", 80))
+            link.input_full = True  # more than a window is to come, so it must be acknowledged meanwhile
+            nursery.start_soon(squeeze)
+            await app.send_all(up)
+            await app.send_eof()
+            received["down"] = b"".join([bytes(chunk) async for chunk in app])
+            nursery.cancel_scope.cancel()
+
+    apps.close()
+    assert received == {"up": up, "down": down}
+    assert link.refused > 0
+    assert device.drops == {}
+    assert link.lost == {}

@@ -58,6 +58,7 @@ class Link:
         up: whether it carries packets.
         input_full: whether the kernel's input queue is full.
         max_pending: UTUN_OPT_MAX_PENDING_PACKETS.
+        refused: how often a full queue was answered.
         lost: packets that were written and lost, by reason.
     """
 
@@ -66,6 +67,7 @@ class Link:
         self.up = True
         self.input_full = False
         self.max_pending = 1
+        self.refused = 0
         self.lost: dict[str, int] = {}
         self._far = far
 
@@ -152,6 +154,7 @@ class DarwinKernel:
             return os.writev(descriptor, parts)  # fails as a closed descriptor or a broken connection does
         packet = b"".join(parts)
         if link.input_full:
+            link.refused += 1
             raise _error(errno.ENOSPC)
         if len(packet) <= FAMILY_BYTES:
             link.lose("short")
