@@ -24,6 +24,7 @@ only through `Stack.flush`; no callback of a flow's owner may raise into the pum
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -50,6 +51,9 @@ BATCH_FLOWS: Final = 8
 # A blocked sender is woken when this much room is free again, or half of its buffer if that is less: waking it for each
 # acknowledged segment would cost a task switch per segment.
 SEND_WAKE_BYTES: Final = 64 * 1024
+
+# How long it may go unnoticed that somebody closed a device that was busy.
+CLOSED_CHECK_S: Final = 1.0
 
 Address: TypeAlias = tuple[str, int]
 Sink: TypeAlias = Callable[[Sequence[memoryview]], int]
@@ -82,7 +86,8 @@ class Network:
         spin: float = 0.0,
     ) -> None:
         self.poller = Poller(spin)
-        self.device = device
+        self._device = device
+        self._watched = -1  # the descriptor that the poller looks at for us, while `run` runs
         self.stack = stack
         self._on_request = on_request
         self._on_datagram = on_datagram
@@ -94,6 +99,32 @@ class Network:
         self._gone: DeviceError | None = None
         self.batches = 0
         self.replies_lost = 0
+
+    @property
+    def device(self) -> Device:
+        """Where packets come from and go to. It may be replaced between any two calls, also while `run` runs.
+
+        Replace a device before it is closed. One with a descriptor and one without take each other's place only
+        between two runs.
+        """
+        return self._device
+
+    @device.setter
+    def device(self, device: Device) -> None:
+        self._device = device
+        if self._watched >= 0:
+            descriptor = device.fileno()
+            if descriptor >= 0 and descriptor != self._watched:
+                self._watch(descriptor)
+
+    def _watch(self, descriptor: int) -> None:
+        """Have the poller call the batches for this descriptor and for no other one; -1 for none."""
+        watched, self._watched = self._watched, descriptor
+        if watched >= 0:
+            with contextlib.suppress(OSError):  # closed by somebody, and so forgotten by the kernel
+                self.poller.watch(watched, None)
+        if descriptor >= 0:
+            self.poller.watch(descriptor, self._read_batch)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Pump until cancelled.
@@ -110,16 +141,15 @@ class Network:
             descriptor = self.device.fileno()
             try:
                 if descriptor >= 0:
-                    self.poller.watch(descriptor, self._read_batch)
-                    await self._pump(trio.sleep_forever)
+                    self._watch(descriptor)
+                    await self._pump(self._until_closed)
                 else:
                     await self._pump(self._wait_and_read)
             except DeviceError as error:
                 self._gone = error
             finally:
                 self._scope = None
-                if descriptor >= 0:
-                    self.poller.watch(descriptor, None)
+                self._watch(-1)
             nursery.cancel_scope.cancel()
         if self._gone is not None:
             raise self._gone
@@ -135,6 +165,22 @@ class Network:
             self.stack.handle_timeout(now)
             self._settle(now)
 
+    async def _until_closed(self) -> None:
+        """Raise when somebody closes the device: the kernel does not tell who watches a descriptor that it is closed.
+
+        The device tells tasks that wait for it. So one does; packets wake it as well, but only so often, and an idle
+        device never.
+        """
+        while True:
+            device = self._device
+            try:
+                await device.wait_readable()
+            except DeviceError:
+                if device is self._device:
+                    raise
+            else:
+                await trio.sleep(CLOSED_CHECK_S)
+
     async def _wait_and_read(self) -> None:
         """For devices without a descriptor."""
         while True:
@@ -144,7 +190,7 @@ class Network:
     def _read_batch(self) -> None:
         if self._gone is not None:
             return
-        device, stack, now = self.device, self.stack, self._now()
+        device, stack, now = self._device, self.stack, self._now()
         read, verified, handle_packet, prefix = device.read, device.verified, stack.handle_packet, device.prefix
         try:
             for turn in range(FLOOD_PACKETS):
@@ -190,7 +236,7 @@ class Network:
     def flush(self, flow: Flow, now: float) -> None:
         """Let `flow` write what it owes; when the device is full, or that is much, it is asked again after others."""
         try:
-            if self.stack.flush(flow, self.device.write, now):
+            if self.stack.flush(flow, self._device.write, now):
                 return
         except DeviceError as error:
             self._lose(error)

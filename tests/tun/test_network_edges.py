@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import contextlib
+import os
+import socket
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -11,7 +14,10 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
+from tests.tun.packets import SYN, segment
 from tun import DeviceError, FlowRequest, FlowStream, Network, Stack, StackSettings
+from tun.device.linux import LinuxTun
+from tun.pcap import Capture, RecordingDevice
 from tun.testing.apppeer import AppHost, AppStream
 from tun.testing.memory import memory_pair
 
@@ -148,3 +154,121 @@ async def test_a_device_lost_while_flows_wait_for_room_in_it_is_one_error(autoju
             there.ours.close()
 
     assert lost == ["the device memory0 was closed"]
+
+
+# A device with a descriptor: datagrams between two sockets keep packets apart as a TUN does
+
+
+class Link:
+    """A device, and the kernel's end of it."""
+
+    def __init__(self) -> None:
+        here, self.kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        here.setblocking(False)
+        self.kernel.setblocking(False)
+        self.device = LinuxTun(here.detach(), "link", flags=0, mtu=1500)
+
+    def asks(self, port: int) -> None:
+        """An app sends a SYN."""
+        self.kernel.send(segment(flags=SYN, source=("10.107.0.1", port), destination=SERVED))
+
+    def close(self) -> None:
+        self.device.close()
+        self.kernel.close()
+
+
+@pytest.fixture
+def links() -> Iterator[tuple[Link, Link]]:
+    one, two = Link(), Link()
+    yield one, two
+    one.close()
+    two.close()
+
+
+class Pumped:
+    """A network over a link, and how its pump ended."""
+
+    def __init__(self, link: Link) -> None:
+        stack = Stack(StackSettings(), bytes(range(32)))
+        stack.set_served({bytes((10, 107, 0, 2)): frozenset({80})})
+        self.asked: list[int] = []
+        self.network = Network(link.device, stack, lambda request: self.asked.append(request.source[1]))
+        self.lost: list[str] = []
+
+    async def run(self) -> None:
+        try:
+            await self.network.run()
+        except DeviceError as error:
+            self.lost.append(str(error))
+
+    async def until_asked(self, *ports: int) -> None:
+        while self.asked != list(ports):  # noqa: ASYNC110 - the kernel's event, not Trio's
+            await trio.sleep(0.001)
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+async def test_a_pump_that_sleeps_learns_that_its_device_was_closed(links: tuple[Link, Link], busy: bool) -> None:
+    """The kernel forgets a closed descriptor without a word; and the network can go on with another device."""
+    link, other = links
+    pumped = Pumped(link)
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pumped.run)
+            await trio.testing.wait_all_tasks_blocked()
+            if busy:
+                link.asks(1001)
+                await pumped.until_asked(1001)
+            link.device.close()
+        assert pumped.lost == ["the device link was closed"]
+
+        pumped.network.device = other.device
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pumped.run)
+            other.asks(1002)
+            await pumped.until_asked(*([1001] if busy else []), 1002)
+            nursery.cancel_scope.cancel()
+    pumped.network.poller.close()
+
+
+async def test_a_device_that_is_replaced_while_it_is_read(links: tuple[Link, Link]) -> None:
+    """The old one is closed afterwards, and that is no loss; its number may be another's at once."""
+    link, other = links
+    pumped = Pumped(link)
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pumped.run)
+            link.asks(1001)
+            await pumped.until_asked(1001)
+            pumped.network.device = other.device
+            number = link.device.fileno()
+            link.device.close()
+            taken = os.open(os.devnull, os.O_RDONLY)
+            assert taken == number
+            other.asks(1002)
+            await pumped.until_asked(1001, 1002)
+            await trio.testing.wait_all_tasks_blocked()
+            other.device.close()
+        os.close(taken)
+    assert pumped.lost == ["the device link was closed"]
+    pumped.network.poller.close()
+
+
+async def test_a_recording_comes_and_goes_in_front_of_a_device(links: tuple[Link, Link], tmp_path: Any) -> None:
+    link, _ = links
+    pumped = Pumped(link)
+    fd = os.open(tmp_path / "a.pcapng", os.O_RDWR | os.O_CREAT)
+    with contextlib.closing(Capture(fd)) as capture, trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pumped.run)
+            await trio.testing.wait_all_tasks_blocked()
+            pumped.network.device = RecordingDevice(link.device, capture)
+            link.asks(1001)
+            await pumped.until_asked(1001)
+            pumped.network.device = link.device
+            link.asks(1002)
+            await pumped.until_asked(1001, 1002)
+            pumped.network.device = RecordingDevice(link.device, capture)
+            link.device.close()
+    os.close(fd)
+    assert pumped.lost == ["the device link was closed"]
+    pumped.network.poller.close()
