@@ -28,7 +28,8 @@ class ReadyList:
 
     def modify(self, fd: int, mask: int) -> None:
         """Watch `fd` for something else."""
-        before = self._masks.get(fd, 0)
+        # Forgotten first: where the change fails, the descriptor was closed, and its number may come back as another's.
+        before = self._masks.pop(fd, 0)
         changes = []
         for bit, kind in ((_IN, select.KQ_FILTER_READ), (_OUT, select.KQ_FILTER_WRITE)):
             if (before ^ mask) & bit:
@@ -37,8 +38,6 @@ class ReadyList:
             self._queue.control(changes, 0)
         if mask:
             self._masks[fd] = mask
-        else:
-            self._masks.pop(fd, None)
 
     def unregister(self, fd: int) -> None:
         """Stop watching `fd`."""
