@@ -180,6 +180,8 @@ class Poller:
             last = clock()
             if self._yield:
                 self._yield = False
+                # Twice: Trio runs those that are ready in any order, so the first may come back before they had a turn.
+                await trio.lowlevel.checkpoint()
                 await trio.lowlevel.checkpoint()
                 begun = last = clock()
 
