@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+import tun
+
 READ, WRITE, ADD, DELETE, EOF = -1, -2, 1, 2, 0x8000
 
 
@@ -80,7 +82,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         "KQ_EV_DELETE": DELETE,
     }.items():
         monkeypatch.setattr(select, name, value, raising=False)
-    path = Path(__file__).parents[2] / "tun" / "kqueue.py"
+    path = Path(tun.__file__).parent / "kqueue.py"  # wherever the package is that is tested
     spec = importlib.util.spec_from_file_location("kqueue_of_darwin", path)
     assert spec is not None
     assert spec.loader is not None
