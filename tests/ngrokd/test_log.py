@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -50,9 +51,15 @@ def pipe() -> Iterator[Pipe]:
     reading, writing = os.pipe()
     pipe = Pipe(reading, writing)
     yield pipe
-    for descriptor in (pipe.reading, writing):
-        with suppress(OSError):
-            os.close(descriptor)
+    with suppress(OSError):
+        os.close(pipe.reading)
+    # A writer that was blocked gets an error now and ends. Before that its descriptor's number must not be free: the
+    # next test would have it, and read what was meant for this one.
+    for thread in threading.enumerate():
+        if thread.name == "ngrokd-log":
+            thread.join(5)
+    with suppress(OSError):
+        os.close(writing)
 
 
 @contextmanager
