@@ -516,19 +516,15 @@ class TlsStream:
         """The last receive emptied the transport: wait for it before asking again."""
         return self._drained and not self._ready
 
-    async def receive_view(self, limit: Callable[[], int] | None = None) -> memoryview:
-        """Wait for plaintext; empty at close_notify. See `receive_nowait`. Cancelled, nothing is lost.
-
-        Args:
-            limit: tells how much may be taken from the transport, asked when it has something.
-        """
+    async def receive_view(self) -> memoryview:
+        """Wait for plaintext; empty at close_notify. See `receive_nowait`. Cancelled, nothing is lost."""
         while True:
             ended = self._session.received_eof or self._receive_error is not None
             if ended or self._ready or not self._drained:
                 await trio.lowlevel.checkpoint()
             else:
                 await self._transport.wait_readable()
-            view = self.receive_nowait(SCRATCH if limit is None else limit())
+            view = self.receive_nowait()
             if view is not None:
                 return view
 

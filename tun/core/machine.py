@@ -946,15 +946,7 @@ class Flow:
             _TCP_PATCH.pack_into(header, patch, position & MASK, rcv_nxt & MASK, 0x5000 | flags, window, pseudo, 0)
         if not write(header, views, self._mss if count > self._mss else 0):
             return False
-        # What `_said_ack` does, without the call: this is the one place that every byte passes.
-        edge = rcv_nxt + (window << self._receive_shift)
-        gain = edge - self.rcv_edge
-        if gain > 0:
-            self._drift = self._drift + gain if gain < 1 << self._receive_shift else 0
-            self.rcv_edge = edge
-        self._last_ack_sent = rcv_nxt
-        self._ack_owed = 0
-        self._ack_at = INFINITE
+        self._said_ack(window)
         return True
 
     def _said_ack(self, window: int) -> None:
